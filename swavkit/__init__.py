@@ -1,0 +1,33 @@
+"""swavkit: SwAV self-supervised learning (Caron et al. 2020) as PyTorch parts.
+
+:class:`SwAVLoss` is the whole loss; the parts it is made of work alone.
+"""
+
+from swavkit.feature_queue import FeatureQueue
+from swavkit.multicrop import (
+    CropGroup,
+    MultiCropTransform,
+    PhotometricDistortion,
+    multi_crop_forward,
+)
+from swavkit.prototypes import PrototypeLayer
+from swavkit.sinkhorn import SinkhornKnopp, sinkhorn_knopp
+from swavkit.swapped_prediction import SwappedPredictionLoss, swapped_prediction_loss
+from swavkit.swav import SwAVDetails, SwAVLoss
+
+__all__ = [
+    "CropGroup",
+    "FeatureQueue",
+    "MultiCropTransform",
+    "PhotometricDistortion",
+    "PrototypeLayer",
+    "SinkhornKnopp",
+    "SwAVDetails",
+    "SwAVLoss",
+    "SwappedPredictionLoss",
+    "multi_crop_forward",
+    "sinkhorn_knopp",
+    "swapped_prediction_loss",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,169 @@
+"""Argument checks and their texts.
+
+Every check is told the name of the argument and raises an error that says what was expected and
+what came: ``TypeError`` for a wrong kind, ``ValueError`` for a wrong value or shape. The checks
+look at Python numbers, shapes, dtypes and devices only, never at the values of a tensor, so none of
+them makes an accelerator wait.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def positive_float(name: str, value: Any) -> float:
+    """Return ``value`` as a float if it is a finite number above 0."""
+    number = _real(name, value)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+    return number
+
+
+def positive_int(name: str, value: Any) -> int:
+    """Return ``value`` as an int if it is a whole number of at least 1."""
+    return _int_from(name, value, 1)
+
+
+def non_negative_int(name: str, value: Any) -> int:
+    """Return ``value`` as an int if it is a whole number of at least 0."""
+    return _int_from(name, value, 0)
+
+
+def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Refuse a ``value`` that is not one of ``allowed``."""
+    if not any(type(value) is type(option) and value == option for option in allowed):
+        listed = " or ".join(repr(option) for option in allowed)
+        raise ValueError(f"{name} must be {listed}, got {value!r}")
+
+
+def floating_tensor(name: str, value: Any) -> Tensor:
+    """Return ``value`` if it is a tensor of a real floating dtype."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
+    return value
+
+
+def min_dimensions(name: str, value: Tensor, least: int, shape: str) -> None:
+    """Refuse a tensor of fewer than ``least`` dimensions; ``shape`` says what they mean."""
+    if value.dim() < least:
+        raise ValueError(
+            f"{name} must have at least {least} dimension{'s' if least > 1 else ''} {shape}, "
+            f"got shape {tuple(value.shape)}"
+        )
+
+
+def last_dimension(name: str, value: Tensor, expected: int, meaning: str) -> None:
+    """Refuse a tensor whose last dimension is not ``expected``."""
+    min_dimensions(name, value, 1, f"(..., {meaning})")
+    if value.shape[-1] != expected:
+        raise ValueError(
+            f"{name} must have {expected} {meaning} in its last dimension, "
+            f"got shape {tuple(value.shape)}"
+        )
+
+
+def no_empty_last_dimension(name: str, value: Tensor, meaning: str) -> None:
+    """Refuse a tensor whose last dimension is empty; ``meaning`` says what it counts."""
+    if value.shape[-1] == 0:
+        raise ValueError(
+            f"{name} must have at least 1 of the {meaning} in its last dimension, "
+            f"got shape {tuple(value.shape)}"
+        )
+
+
+def weight(name: str, value: Any, shapes: Sequence[tuple[int, ...]], like: Tensor) -> None:
+    """Refuse all but a bool or floating tensor of one of ``shapes`` on the device of ``like``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if not (value.is_floating_point() or value.dtype == torch.bool):
+        raise TypeError(f"{name} must have a bool or floating-point dtype, got {value.dtype}")
+    if tuple(value.shape) not in shapes:
+        listed = " or ".join(str(tuple(shape)) for shape in dict.fromkeys(shapes))
+        raise ValueError(f"{name} must have shape {listed}, got {tuple(value.shape)}")
+    same_device(name, value, like)
+
+
+def mask(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> None:
+    """Refuse all but a bool tensor of ``shape`` on the device of ``like``."""
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        came = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a bool torch.Tensor, got {came}")
+    weight(name, value, (shape,), like)
+
+
+def same_device(name: str, value: Tensor, like: Tensor) -> None:
+    """Refuse a tensor that does not live where ``like`` does."""
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on device {like.device}, got {value.device}")
+
+
+def views(
+    name: str, value: Any, meaning: str, *, least: int, last: int | None = None
+) -> list[Tensor]:
+    """Return the views as a list of equally shaped floating tensors.
+
+    ``value`` is a sequence of (B, N) tensors or one (V, B, N) tensor, with at least ``least`` views
+    and, if ``last`` is given, with N = ``last``; ``meaning`` says what N counts.
+    """
+    if isinstance(value, Tensor):
+        if value.dim() != 3:
+            raise ValueError(
+                f"{name} as one tensor must have 3 dimensions (views, samples, {meaning}), "
+                f"got shape {tuple(value.shape)}"
+            )
+        floating_tensor(name, value)
+        members = list(value.unbind(0))
+    elif isinstance(value, (list, tuple)):
+        members = list(value)
+    else:
+        raise TypeError(
+            f"{name} must be a torch.Tensor or a sequence of torch.Tensor, "
+            f"got {type(value).__name__}"
+        )
+    if len(members) < least:
+        raise ValueError(
+            f"{name} must hold at least {least} view{'s' if least > 1 else ''}, got {len(members)}"
+        )
+    for index, member in enumerate(members):
+        item = f"{name}[{index}]"
+        floating_tensor(item, member)
+        if member.dim() != 2:
+            raise ValueError(
+                f"{item} must have 2 dimensions (samples, {meaning}), "
+                f"got shape {tuple(member.shape)}"
+            )
+        if last is not None:
+            last_dimension(item, member, last, meaning)
+        if member.shape != members[0].shape:
+            raise ValueError(
+                f"{item} must have the shape of {name}[0], {tuple(members[0].shape)}, "
+                f"got {tuple(member.shape)}"
+            )
+        if member.dtype != members[0].dtype:
+            raise TypeError(
+                f"{item} must have the dtype of {name}[0], {members[0].dtype}, got {member.dtype}"
+            )
+        same_device(item, member, members[0])
+    return members
+
+
+def _real(name: str, value: Any) -> float:
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def _int_from(name: str, value: Any, least: int) -> int:
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    number: int = value.__index__()
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number

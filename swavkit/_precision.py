@@ -1,0 +1,19 @@
+"""Arithmetic in float32 or better, whatever the dtype that comes in and whatever autocast says."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return float64 for float64 and float32 for every narrower floating dtype."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def autocast_disabled(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which products on ``device`` keep the dtype of their factors."""
+    if not torch.amp.is_autocast_available(device.type):  # the meta device, for one
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -1,0 +1,156 @@
+"""A queue of recent features, which gives small batches a large one to share codes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swavkit import _checks
+
+__all__ = ["FeatureQueue"]
+
+_STATE = ("features", "valid", "position", "rejected")
+
+
+class FeatureQueue(nn.Module):
+    """The most recent features of each code view, with a mark for the slots that hold any.
+
+    It is a ring: new features overwrite the oldest, slots never move, and shapes never change. It
+    holds features and not scores, because prototypes move on. In a distributed job each process has
+    its own.
+
+    Args:
+        length: The number of slots, per process and per view, at least 1.
+        feature_dim: D, the number of features, at least 1.
+        num_views: The number of code views, at least 1.
+
+    Attributes:
+        features: (num_views, length, D), in slot order; zeros in slots that are not valid.
+        valid: (length,) bool, which slots hold real features.
+        position: int64 scalar, the slot that is written next.
+        rejected: int64 scalar, how many samples were turned away for a NaN or an infinite entry.
+
+    The four are saved in ``state_dict()``, and move and change dtype with the module, as buffers
+    do. They are no buffers because ``DistributedDataParallel`` would overwrite those of every
+    process with the ones of rank 0.
+
+    Raises:
+        TypeError: If a size is no int or the features are no floating tensors.
+        ValueError: If a size is below 1 or a shape or device does not fit.
+
+    Example:
+        >>> queue = FeatureQueue(length=4, feature_dim=2, num_views=1)
+        >>> queue.push(torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]]))
+        >>> len(queue), queue.valid
+        (3, tensor([ True,  True,  True, False]))
+    """
+
+    features: Tensor
+    valid: Tensor
+    position: Tensor
+    rejected: Tensor
+
+    def __init__(self, length: int, feature_dim: int, num_views: int = 2) -> None:
+        super().__init__()
+        self.length = _checks.positive_int("length", length)
+        self.feature_dim = _checks.positive_int("feature_dim", feature_dim)
+        self.num_views = _checks.positive_int("num_views", num_views)
+        self.features = torch.zeros(self.num_views, self.length, self.feature_dim)
+        self.valid = torch.zeros(self.length, dtype=torch.bool)
+        self.position = torch.zeros((), dtype=torch.int64)
+        self.rejected = torch.zeros((), dtype=torch.int64)
+
+    @torch.no_grad()
+    def push(self, features: Tensor | Sequence[Tensor], *, valid: Tensor | None = None) -> None:
+        """Store new features over the oldest ones. Nothing is read from the device.
+
+        Args:
+            features: (num_views, B, D), or a sequence of num_views tensors (B, D), for any B; of
+                more than ``length`` samples the last ones stay. They are stored as given, without
+                gradient, in the dtype of the queue. A sample with a NaN or an infinite entry in any
+                view is stored as zeros, is not valid, and is counted in ``rejected``.
+            valid: (B,) bool; a sample where it is false is stored as zeros and is not valid.
+        """
+        views = _checks.views(
+            "features", features, "features", least=self.num_views, last=self.feature_dim
+        )
+        if len(views) != self.num_views:
+            raise ValueError(f"features must hold {self.num_views} views, got {len(views)}")
+        _checks.same_device("features", views[0], self.features)
+        if valid is not None:
+            _checks.mask("valid", valid, views[0].shape[:1], views[0])
+
+        new = torch.stack([view.detach() for view in views]).to(self.features.dtype)
+        finite = new.isfinite().all(dim=-1).all(dim=0)  # (B,)
+        self.rejected.add_((~finite).sum())
+        keep = finite if valid is None else finite & valid
+        new = new.masked_fill(~keep.unsqueeze(-1), 0)
+
+        samples = new.shape[1]
+        written = min(samples, self.length)
+        first = samples - written
+        slots = torch.arange(first, samples, device=new.device).add_(self.position) % self.length
+        self.features.index_copy_(1, slots, new[:, first:])
+        self.valid.index_copy_(0, slots, keep[first:])
+        self.position.copy_((self.position + samples) % self.length)
+
+    def __len__(self) -> int:
+        """How many slots are valid. Reads the device: not for the training path."""
+        return int(self.valid.sum())
+
+    def __bool__(self) -> bool:
+        """True, filled or not: a queue is there."""
+        return True
+
+    def extra_repr(self) -> str:
+        """Return the settings for ``repr``."""
+        return f"length={self.length}, feature_dim={self.feature_dim}, num_views={self.num_views}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureQueue:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in _STATE:
+            setattr(self, name, fn(getattr(self, name)))
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in _STATE:
+            destination[prefix + name] = getattr(self, name)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = {name: prefix + name for name in _STATE}
+        others = {key: value for key, value in state_dict.items() if key not in own.values()}
+        super()._load_from_state_dict(
+            others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        loaded = {name: state_dict[key] for name, key in own.items() if key in state_dict}
+        if strict:
+            missing_keys += [key for name, key in own.items() if name not in loaded]
+        mismatches = [
+            f"size mismatch for {own[name]}: expected shape {tuple(getattr(self, name).shape)}, "
+            f"got {tuple(value.shape)}"
+            for name, value in loaded.items()
+            if value.shape != getattr(self, name).shape
+        ]
+        error_msgs += mismatches
+        if mismatches:
+            return  # a queue half loaded would be neither the old one nor the new
+        for name, value in loaded.items():
+            if local_metadata.get("assign_to_params_buffers", False):
+                setattr(self, name, value)
+            else:
+                getattr(self, name).copy_(value)

@@ -1,0 +1,143 @@
+"""Prototypes: K learned directions, and the cosines of features with them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swavkit import _checks
+from swavkit._precision import at_least_float32
+
+__all__ = ["PrototypeLayer"]
+
+
+class PrototypeLayer(nn.Module):
+    r"""Scores of features against K prototypes: S = Z Cᵀ for unit rows Z and C, without a bias.
+
+    The layer normalises both itself, so scores are cosines whatever the norms of the features and
+    of the stored weight. The published procedure renormalises the weight in place before each step
+    instead, which breaks when a forward runs twice before a backward and is lost under sharding.
+
+    Args:
+        feature_dim: D, the number of features, at least 1.
+        num_prototypes: K, the number of prototypes, at least 1.
+        gradient: ``"tangent"`` differentiates through the normalisation of the weight: the gradient
+            of a row is orthogonal to it, and no renormalisation is ever needed. ``"published"``
+            takes the norm of a row as a constant; with :meth:`normalize_` after each optimizer step
+            this is the authors' procedure exactly.
+
+    Attributes:
+        weight: (K, D) parameter, drawn uniformly on the unit sphere. Its rows need not stay of unit
+            norm.
+
+    Shape:
+        features (..., D) give scores (..., K). Without autocast the product is made in the promoted
+        dtype of features and weight; under autocast in the autocast dtype, like ``nn.Linear``. The
+        normalisation is in float32, or float64 for float64 input. A zero row has cosine 0 with
+        everything, and a gradient of 0.
+
+    Raises:
+        TypeError: If a size is no int or ``features`` is no floating tensor.
+        ValueError: If a setting is out of range, the last dimension of ``features`` is not D, or
+            they are on another device.
+
+    Example:
+        >>> prototypes = PrototypeLayer(feature_dim=16, num_prototypes=5)
+        >>> scores = prototypes(torch.randn(8, 16))
+        >>> scores.shape, bool((scores.abs() <= 1 + 1e-6).all())
+        (torch.Size([8, 5]), True)
+        >>> prototypes.assign(prototypes.directions)
+        tensor([0, 1, 2, 3, 4])
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        num_prototypes: int,
+        *,
+        gradient: Literal["tangent", "published"] = "tangent",
+    ) -> None:
+        super().__init__()
+        self.feature_dim = _checks.positive_int("feature_dim", feature_dim)
+        self.num_prototypes = _checks.positive_int("num_prototypes", num_prototypes)
+        _checks.choice("gradient", gradient, ("tangent", "published"))
+        self.gradient = gradient
+        self.weight = nn.Parameter(torch.empty(self.num_prototypes, self.feature_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the prototypes uniformly on the unit sphere, from torch's global generator."""
+        nn.init.normal_(self.weight)
+        self.normalize_()
+
+    def forward(self, features: Tensor, *, frozen: Tensor | None = None) -> Tensor:
+        """Return the cosines of ``features`` with the prototypes.
+
+        Args:
+            features: (..., D) features of any norm, floating.
+            frozen: A bool scalar tensor; where it is true the weight gets a gradient of zeros,
+                which turns no prototype and leaves no parameter without a gradient (which DDP
+                would not take). The device decides, so a compiled step stays one graph.
+
+        Returns:
+            (..., K) scores in [-1, 1] up to rounding.
+        """
+        _checks.floating_tensor("features", features)
+        _checks.last_dimension("features", features, self.feature_dim, "features")
+        _checks.same_device("features", features, self.weight)
+        weight: Tensor = self.weight
+        if frozen is not None:
+            # Not a gradient times 0: that would make NaN of an infinite one.
+            weight = torch.where(frozen, weight.detach(), weight)
+        directions = unit_rows(weight, differentiate_norm=self.gradient == "tangent")
+        dtype = torch.promote_types(features.dtype, weight.dtype)
+        return F.linear(unit_rows(features).to(dtype), directions.to(dtype))
+
+    @property
+    def directions(self) -> Tensor:
+        """The prototypes as unit rows, (K, D), in the dtype of the weight, without gradient."""
+        return unit_rows(self.weight.detach()).to(self.weight.dtype)
+
+    @torch.no_grad()
+    def normalize_(self) -> None:
+        """Rescale the stored rows to unit norm, in place. It changes no score."""
+        self.weight.copy_(self.directions)
+
+    @torch.no_grad()
+    def assign(self, features: Tensor) -> Tensor:
+        """Return the index of the nearest prototype of each feature, (...,) int64."""
+        return self(features).argmax(dim=-1)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """Return the settings for ``repr``."""
+        return (
+            f"feature_dim={self.feature_dim}, num_prototypes={self.num_prototypes}, "
+            f"gradient={self.gradient!r}"
+        )
+
+
+def unit_rows(rows: Tensor, *, differentiate_norm: bool = True) -> Tensor:
+    """L2-normalise the last dimension in float32 or better; a zero row stays zero.
+
+    ``torch.nn.functional.normalize`` will not do: its eps underflows in float16, a row of norm
+    1e-30 comes out short, and the gradient of a zero row is too large for half precision.
+
+    Args:
+        rows: (..., D).
+        differentiate_norm: Whether the norm has a gradient or counts as a constant.
+
+    Returns:
+        (..., D) unit rows in float32, or float64 for float64 input.
+    """
+    rows = rows.to(at_least_float32(rows.dtype))
+    # Scaled by its largest entry first, so that no square over- or underflows. The scale is a
+    # constant: it cancels in the result.
+    largest = rows.detach().abs().amax(dim=-1, keepdim=True)
+    scaled = rows / torch.where(largest == 0, 1, largest)
+    norm = torch.linalg.vector_norm(
+        scaled if differentiate_norm else scaled.detach(), dim=-1, keepdim=True
+    )
+    return scaled / torch.where(norm == 0, 1, norm)
