@@ -4,12 +4,8 @@
 """
 
 from swavkit.feature_queue import FeatureQueue
-from swavkit.multicrop import (
-    CropGroup,
-    MultiCropTransform,
-    PhotometricDistortion,
-    multi_crop_forward,
-)
+from swavkit.multicrop import CropGroup, MultiCropTransform, multi_crop_forward
+from swavkit.photometric import PhotometricDistortion
 from swavkit.prototypes import PrototypeLayer
 from swavkit.sinkhorn import SinkhornKnopp, sinkhorn_knopp
 from swavkit.swapped_prediction import SwappedPredictionLoss, swapped_prediction_loss

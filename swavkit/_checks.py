@@ -16,12 +16,41 @@ import torch
 from torch import Tensor
 
 
+def finite_float(name: str, value: Any) -> float:
+    """Return ``value`` as a float if it is a finite number."""
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return number
+
+
 def positive_float(name: str, value: Any) -> float:
     """Return ``value`` as a float if it is a finite number above 0."""
-    number = _real(name, value)
-    if not (math.isfinite(number) and number > 0):
+    number = finite_float(name, value)
+    if number <= 0:
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
     return number
+
+
+def float_between(name: str, value: Any, least: float, most: float) -> float:
+    """Return ``value`` as a float if it is in [``least``, ``most``]."""
+    number = finite_float(name, value)
+    if not least <= number <= most:
+        raise ValueError(f"{name} must be in [{least}, {most}], got {value!r}")
+    return number
+
+
+def positive_range(name: str, value: Any, most: float = math.inf) -> tuple[float, float]:
+    """Return ``value`` as a pair if it is (low, high) with 0 < low <= high <= ``most``."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be two numbers (low, high), got {type(value).__name__}")
+    limits = tuple(finite_float(f"{name}[{index}]", limit) for index, limit in enumerate(value))
+    if len(limits) != 2 or not 0 < limits[0] <= limits[1] <= most:
+        upper = "" if most == math.inf else f" <= {most}"
+        raise ValueError(f"{name} must be (low, high) with 0 < low <= high{upper}, got {value!r}")
+    return limits
 
 
 def positive_int(name: str, value: Any) -> int:
@@ -152,12 +181,6 @@ def views(
             )
         same_device(item, member, members[0])
     return members
-
-
-def _real(name: str, value: Any) -> float:
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return float(value)
 
 
 def _int_from(name: str, value: Any, least: int) -> int:

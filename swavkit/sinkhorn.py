@@ -97,6 +97,7 @@ def sinkhorn_knopp(
     """
     epsilon = _checks.positive_float("epsilon", epsilon)
     iterations = _checks.positive_int("iterations", iterations)
+    _checks.choice("synchronize", synchronize, (True, False))
     _checks.floating_tensor("scores", scores)
     _checks.min_dimensions("scores", scores, 2, "(..., samples, prototypes)")
     _checks.no_empty_last_dimension("scores", scores, "prototypes")
