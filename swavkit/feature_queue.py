@@ -85,8 +85,9 @@ class FeatureQueue(nn.Module):
 
         new = torch.stack([view.detach() for view in views]).to(self.features.dtype)
         finite = new.isfinite().all(dim=-1).all(dim=0)  # (B,)
-        self.rejected.add_((~finite).sum())
-        keep = finite if valid is None else finite & valid
+        offered = torch.ones_like(finite) if valid is None else valid
+        self.rejected.add_((offered & ~finite).sum())
+        keep = offered & finite
         new = new.masked_fill(~keep.unsqueeze(-1), 0)
 
         samples = new.shape[1]

@@ -164,8 +164,7 @@ class SwAVLoss(nn.Module):
             _checks.weight("sample_weight", sample_weight, (views[0].shape[:1],), views[0])
         _checks.same_device("features", views[0], self.prototypes.weight)
 
-        frozen = self.steps < self.freeze_steps if self.freeze_steps else None
-        scores = self.prototypes(torch.stack(views), frozen=frozen)  # (V, B, K)
+        scores = self._scores(torch.stack(views), sample_weight)  # (V, B, K)
         codes = self._codes(scores.detach()[: self.num_code_views], sample_weight)
         loss: Tensor = self.loss(scores, codes, sample_weight)
 
@@ -176,6 +175,18 @@ class SwAVLoss(nn.Module):
                 self.queue.push(newest, valid=present)
             self.steps.add_(1)
         return (loss, SwAVDetails(codes, scores.detach())) if return_details else loss
+
+    def _scores(self, features: Tensor, sample_weight: Tensor | None) -> Tensor:
+        frozen = self.steps < self.freeze_steps if self.freeze_steps else None
+        if sample_weight is None:
+            scores: Tensor = self.prototypes(features, frozen=frozen)
+            return scores
+        # An absent sample may hold NaN. In the product that would reach every gradient, as 0 · NaN,
+        # so it goes around the product.
+        finite = features.detach().isfinite().all(dim=-1, keepdim=True)
+        around = (sample_weight == 0).unsqueeze(-1) & ~finite  # (V, B, 1)
+        scores = self.prototypes(features.masked_fill(around, 0), frozen=frozen)
+        return scores.masked_fill(around, torch.nan)
 
     @torch.no_grad()
     def _codes(self, scores: Tensor, sample_weight: Tensor | None) -> Tensor:
