@@ -1,0 +1,1 @@
+"""swavkit beside the published algorithm: verified, then timed. See ``README.md`` here."""

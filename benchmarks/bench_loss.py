@@ -1,0 +1,115 @@
+"""A whole training step of the loss, forward and backward, the prototypes' product included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness import OURS, Calls, Suite
+from benchmarks.inputs import clustered
+from benchmarks.published import published_codes, published_loss, published_step
+from swavkit import SwAVLoss
+from tests import oracles
+
+FEATURE_DIM = 128
+CODE_VIEWS = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Features (V, B, 128) in float32, with the settings of the paper; two views give codes."""
+
+    samples: int
+    prototypes: int
+    views: int = 8
+
+    def __str__(self) -> str:
+        return f"{self.views} views of {self.samples:,}, {self.prototypes:,} prototypes"
+
+    @property
+    def tolerance(self) -> float:
+        """Relative to the largest entry, for the loss and both gradients."""
+        return 1e-4
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        return clustered(self.views, self.samples, FEATURE_DIM, prototypes=self.prototypes)
+
+
+def prepare(problem: Problem) -> Calls:
+    features, weight = problem.inputs()
+    features.requires_grad_()
+    criterion = SwAVLoss(FEATURE_DIM, problem.prototypes, num_code_views=CODE_VIEWS)
+    with torch.no_grad():
+        criterion.prototypes.weight.copy_(weight)
+    weight.requires_grad_()
+    gradient = torch.ones(problem.views, problem.samples, problem.prototypes)
+    gradient /= gradient.numel()
+
+    def ours() -> tuple[Tensor, ...]:
+        loss = criterion(features)
+        return loss, *torch.autograd.grad(loss, [features, criterion.prototypes.weight])
+
+    def published() -> tuple[Tensor, ...]:
+        loss = published_step(features, weight, CODE_VIEWS)
+        return loss, *torch.autograd.grad(loss, [features, weight])
+
+    @torch.no_grad()
+    def products() -> tuple[Tensor, ...]:
+        """Make the products of any such step, and nothing else."""
+        scores = features @ weight.T
+        of_weight = gradient.flatten(0, 1).T @ features.flatten(0, 1)
+        return scores, gradient @ weight, of_weight
+
+    return {OURS: ours, "published": published, "its 3 matrix products": products}
+
+
+def check_reference() -> None:
+    features, directions = Problem(6, 5, views=3).inputs()
+    scores = F.normalize(features.double(), dim=-1) @ directions.double().T
+    codes = [published_codes(view) for view in scores[:CODE_VIEWS]]
+    loss = published_loss(scores, codes)
+    expected = oracles.loss(scores.numpy(), torch.stack(codes).numpy(), 0.1)
+    np.testing.assert_allclose(loss.item(), expected, rtol=1e-12)
+
+
+def errors(problem: Problem, calls: Calls) -> dict[str, float]:
+    """Return the largest error of the loss and of its gradients, relative to the largest entry."""
+    features, weight = (values.double().requires_grad_() for values in problem.inputs())
+    loss = published_step(features, weight, CODE_VIEWS)
+    expected = loss, *torch.autograd.grad(loss, [features, weight])
+    return {
+        name: max(
+            ((theirs - reference).abs().max() / reference.abs().max()).item()
+            for theirs, reference in zip(
+                comparable(*calls[name](), weight), comparable(*expected, weight), strict=True
+            )
+        )
+        for name in (OURS, "published")
+    }
+
+
+def comparable(
+    loss: Tensor, of_features: Tensor, of_weight: Tensor, weight: Tensor
+) -> list[Tensor]:
+    """Take from the prototypes' gradient what would only change their norms.
+
+    Ours is orthogonal to the prototypes; the published one is not, and the next normalisation in
+    place undoes that part.
+    """
+    unit = F.normalize(weight.detach(), dim=-1)
+    along = (of_weight * unit).sum(dim=-1, keepdim=True) * unit
+    return [loss.detach(), of_features, of_weight - along]
+
+
+SUITE = Suite(
+    name="loss",
+    cases=(Problem(64, 300), Problem(256, 3000), Problem(64, 65_536)),
+    quick=Problem(16, 50),
+    prepare=prepare,
+    check_reference=check_reference,
+    errors=errors,
+)

@@ -1,0 +1,185 @@
+"""The method of measurement: verify, then time; memory in processes of their own."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import swavkit
+
+Calls = Mapping[str, Callable[[], object]]
+
+OURS = "swavkit"  # every suite has a contender of this name
+PEAK_RESET = Path("/proc/self/clear_refs")  # writing 5 resets the peak of a process's memory
+_M_MMAP_THRESHOLD = -3  # of glibc: from which size on memory is given back as soon as it is freed
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A question, asked at several sizes of the problem.
+
+    Attributes:
+        name: What the command line calls it.
+        cases: The problems of the default run: dataclasses of plain values, ``samples`` and
+            ``prototypes`` among them, with a text for the table and the ``tolerance`` within which
+            an answer is right.
+        quick: The problem of ``--quick``.
+        prepare: Makes the inputs of a problem and returns a call for each contender. At the top of
+            a module, so that another process can find it.
+        check_reference: Raises unless the float64 form that ``errors`` uses agrees with the oracle
+            of the tests.
+        errors: Takes a problem and its calls; returns the error of each contender that gives an
+            answer.
+    """
+
+    name: str
+    cases: tuple[Any, ...]
+    quick: Any
+    prepare: Callable[[Any], Calls]
+    check_reference: Callable[[], None]
+    errors: Callable[[Any, Calls], dict[str, float]]
+
+
+def measure(suite: Suite, problem: Any, *, seconds: float) -> list[dict[str, Any]]:
+    """Verify and time every contender; one row of plain values for each.
+
+    Raises:
+        ValueError: If our own answer is wrong. A wrong answer of another contender is a finding,
+            and stands in its row.
+    """
+    calls = suite.prepare(problem)
+    errors = suite.errors(problem, calls)
+    if not errors[OURS] <= problem.tolerance:
+        raise ValueError(
+            f"{OURS} must be within {problem.tolerance:g} of the reference on {problem}, "
+            f"got {errors[OURS]:g}"
+        )
+    samples = time_interleaved(calls, seconds=seconds)
+    return [
+        {
+            "suite": suite.name,
+            "problem": asdict(problem),
+            "contender": name,
+            "error": errors.get(name),
+            "tolerance": problem.tolerance,
+            "wrong": name in errors and not errors[name] <= problem.tolerance,
+            "seconds": summary(samples[name]),
+            "ratio": summary(paired_ratios(samples[name], samples[OURS])),
+            "samples": samples[name],
+            "extra_memory": extra_memory(suite.prepare, problem, name),
+        }
+        for name in calls
+    ]
+
+
+def time_interleaved(
+    calls: Calls,
+    *,
+    seconds: float,
+    least: int = 5,
+    most: int = 200,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Time the calls in turn, so that whatever disturbs the machine disturbs all of them.
+
+    Rounds are made until ``seconds`` have passed, at least ``least`` and at most ``most`` of them;
+    a different call begins each round. Two rounds before that warm up.
+    """
+    for _ in range(2):
+        for call in calls.values():
+            call()
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    started = clock()
+    for finished in range(most):
+        if finished >= least and clock() - started >= seconds:
+            break
+        for name in order:
+            begin = clock()
+            calls[name]()
+            samples[name].append(clock() - begin)
+        order.append(order.pop(0))
+    return samples
+
+
+def paired_ratios(samples: list[float], baseline: list[float]) -> list[float]:
+    """Divide round by round, so that a slow minute of the machine cancels."""
+    return [ours / theirs for ours, theirs in zip(samples, baseline, strict=True)]
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    """Return the median and the quartiles."""
+    lower, median, upper = statistics.quantiles(samples, n=4, method="inclusive")
+    return {"median": median, "lower_quartile": lower, "upper_quartile": upper}
+
+
+def extra_memory(prepare: Callable[[Any], Calls], problem: Any, name: str) -> int | None:
+    """Return the bytes that one call needs beyond its inputs, its result included.
+
+    It runs alone in a new process, which gives everything back to the system that it frees: what an
+    allocator keeps would hide what this call takes, and varies from run to run. ``None`` where the
+    system does not count it (Linux does).
+    """
+    if not PEAK_RESET.exists():
+        return None
+    # Forked from a server that has torch loaded and has never computed anything.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "swavkit"])
+    with ProcessPoolExecutor(1, mp_context=context) as alone:
+        return alone.submit(_peak_of_call, prepare, problem, name).result()
+
+
+def _peak_of_call(prepare: Callable[[Any], Calls], problem: Any, name: str) -> int:
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
+    call = prepare(problem)[name]
+    # Load code and start threads, on a problem too small to leave memory behind.
+    prepare(replace(problem, samples=8, prototypes=8))[name]()
+    PEAK_RESET.write_text("5")  # from here on
+    before = _process_memory("VmRSS")
+    call()
+    return _process_memory("VmHWM") - before
+
+
+def _process_memory(key: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(rf"^{key}:\s+(\d+) kB", status, flags=re.MULTILINE)[0]) * 1024
+
+
+def environment() -> dict[str, Any]:
+    """Return the versions, the hardware and how busy it is."""
+    return {
+        "swavkit": swavkit.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "load_at_start": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    models = (
+        re.findall(r"^model name\s*: (.+)$", information.read_text(), flags=re.MULTILINE)
+        if information.exists()
+        else []
+    )
+    return models[0] if models else platform.processor()

@@ -1,0 +1,46 @@
+"""The published algorithm, as the pseudo-code of the paper's appendix has it (arXiv 2006.09882).
+
+It is what swavkit is measured against: Sinkhorn-Knopp by dividing the matrix P = exp(S/ε), the loss
+as a double loop of cross-entropies over views. The dtype of the scores is the dtype of everything.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.no_grad()
+def published_codes(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
+    """Return the codes of one view's scores, (B, K) to (B, K)."""
+    samples, prototypes = scores.shape
+    plan = torch.exp(scores / epsilon)  # (B, K), a plan of mass 1 after the next line
+    plan /= plan.sum()
+    for _ in range(iterations):
+        plan /= plan.sum(dim=0, keepdim=True) * prototypes  # mass 1/K on every prototype
+        plan /= plan.sum(dim=1, keepdim=True) * samples  # mass 1/B on every sample
+    plan *= samples  # each sample's code sums to 1
+    return plan
+
+
+def published_loss(scores: Tensor, codes: list[Tensor], temperature: float = 0.1) -> Tensor:
+    """Return the loss of the scores of all views, (V, B, K), given those of the code views."""
+    loss = scores.new_zeros(())
+    for own, code in enumerate(codes):
+        of_code = scores.new_zeros(())
+        for view in range(len(scores)):
+            if view != own:
+                log_prediction = F.log_softmax(scores[view] / temperature, dim=-1)
+                of_code = of_code - (code * log_prediction).sum(dim=-1).mean()
+        loss = loss + of_code / (len(scores) - 1)
+    return loss / len(codes)
+
+
+def published_step(features: Tensor, weight: Tensor, code_views: int) -> Tensor:
+    """Return the loss of features (V, B, D) with prototypes (K, D), normalised in place first."""
+    with torch.no_grad():
+        weight /= weight.norm(dim=-1, keepdim=True)
+    scores = F.normalize(features, dim=-1) @ weight.T  # (V, B, K)
+    codes = [published_codes(view) for view in scores.detach()[:code_views]]
+    return published_loss(scores, codes)

@@ -1,0 +1,150 @@
+"""Every equation in float64 NumPy, as plain loops, from the paper and not from the package.
+
+Nothing here imports swavkit. Where the equations would overflow, sums of exponentials are taken by
+their logarithm; there is no other cleverness.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def log_sum_exp(values: np.ndarray) -> float:
+    """Return log Σ exp(values) of a vector; -inf for an empty one."""
+    largest = values.max(initial=-np.inf)
+    if largest == -np.inf:
+        return -np.inf
+    return float(largest + np.log(np.sum(np.exp(values - largest))))
+
+
+def sinkhorn(
+    scores: np.ndarray,
+    epsilon: float,
+    iterations: int,
+    sample_weight: np.ndarray | None = None,
+    prototype_weight: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return the codes of (B, K) scores.
+
+    In each iteration every prototype's column is scaled to its mass, then every sample's row to its
+    own. A sample of weight 0 is in no column sum.
+    """
+    samples, prototypes = scores.shape
+    weight = np.ones(samples) if sample_weight is None else np.asarray(sample_weight, float)
+    mass = np.ones(prototypes) if prototype_weight is None else np.asarray(prototype_weight, float)
+    mass = mass / mass.sum() * weight.sum()
+    present = weight > 0
+    log_plan = np.asarray(scores, np.float64) / epsilon
+    with np.errstate(divide="ignore"):
+        log_weight, log_mass = np.log(weight), np.log(mass)
+    for _ in range(iterations):
+        for j in range(prototypes):
+            column = log_weight[present] + log_plan[present, j]
+            log_plan[:, j] += log_mass[j] - log_sum_exp(column)
+        for i in range(samples):
+            log_plan[i] -= log_sum_exp(log_plan[i])
+    return np.exp(log_plan)
+
+
+def marginal_error(codes: np.ndarray) -> float:
+    """Return how far the most or least used prototype is from equal use, relatively."""
+    usage = codes.mean(axis=0) * codes.shape[1]
+    return float(np.abs(usage - 1).max())
+
+
+def loss(
+    scores: np.ndarray,
+    codes: np.ndarray,
+    temperature: float,
+    sample_weight: np.ndarray | None = None,
+) -> float:
+    """Return the mean cross-entropy over code views, other views and (weighted) samples."""
+    views, samples, _ = scores.shape
+    weight = np.ones(samples) if sample_weight is None else np.asarray(sample_weight, float)
+    if weight.sum() == 0:
+        return 0.0
+    total = 0.0
+    for own in range(len(codes)):
+        for view in range(views):
+            if view == own:
+                continue
+            for sample in np.flatnonzero(weight):
+                logits = scores[view, sample] / temperature
+                log_prediction = logits - log_sum_exp(logits)
+                total -= weight[sample] * float(np.sum(codes[own, sample] * log_prediction))
+    return total / (weight.sum() * len(codes) * (views - 1))
+
+
+def loss_gradient(scores: np.ndarray, codes: np.ndarray, temperature: float) -> np.ndarray:
+    """Return ∂L/∂scores, (V, B, K)."""
+    views, samples, _ = scores.shape
+    gradient = np.zeros_like(scores)
+    for own in range(len(codes)):
+        for view in range(views):
+            if view == own:
+                continue
+            for sample in range(samples):
+                logits = scores[view, sample] / temperature
+                prediction = np.exp(logits - log_sum_exp(logits))
+                code = codes[own, sample]
+                gradient[view, sample] += code.sum() * prediction - code
+    return gradient / (temperature * samples * len(codes) * (views - 1))
+
+
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+    """Return (N, D) rows of length 1; a zero row stays zero."""
+    result = np.zeros_like(rows, dtype=np.float64)
+    for index, row in enumerate(np.asarray(rows, np.float64)):
+        length = math.sqrt(math.fsum(row * row))
+        result[index] = row / length if length else row
+    return result
+
+
+def cosines(features: np.ndarray, prototypes: np.ndarray) -> np.ndarray:
+    """Return the cosines (N, K) of (N, D) features with (K, D) prototypes."""
+    return unit_rows(features) @ unit_rows(prototypes).T
+
+
+class Ring:
+    """A queue that takes one sample at a time, each with a feature for every code view."""
+
+    def __init__(self, length: int) -> None:
+        self.slots: list[np.ndarray | None] = [None] * length
+        self.position = 0
+        self.rejected = 0
+
+    def push(self, features: np.ndarray) -> None:
+        """Store (A, B, D) features, the oldest giving way."""
+        for sample in np.moveaxis(features, 1, 0):
+            usable = bool(np.isfinite(sample).all())
+            self.slots[self.position] = sample if usable else None
+            self.rejected += not usable
+            self.position = (self.position + 1) % len(self.slots)
+
+
+def swav_loss(
+    features: np.ndarray,
+    prototypes: np.ndarray,
+    code_views: int,
+    temperature: float,
+    epsilon: float,
+    iterations: int,
+    queue: Ring | None = None,
+    queue_takes_part: bool = True,
+) -> float:
+    """Return the loss of (V, B, D) features; the codes also see the queue, which is then filled."""
+    scores = np.stack([cosines(view, prototypes) for view in features])
+    samples = features.shape[1]
+    codes = []
+    for view in range(code_views):
+        rows = [scores[view]]
+        if queue is not None and queue_takes_part:
+            recent = [slot[view] for slot in queue.slots if slot is not None]
+            if recent:
+                rows.append(cosines(np.stack(recent), prototypes))
+        codes.append(sinkhorn(np.concatenate(rows), epsilon, iterations)[:samples])
+    if queue is not None:
+        queue.push(np.stack([unit_rows(view) for view in features[:code_views]]))
+    return loss(scores, np.stack(codes), temperature)

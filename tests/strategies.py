@@ -1,0 +1,110 @@
+"""Problems for the property tests, some together with what is known of their answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+epsilons = st.sampled_from([0.02, 0.05, 0.2, 1.0])
+few_iterations = st.integers(1, 5)  # by scaling vectors
+iterations = st.integers(1, 12)  # and in the log domain
+seeds = st.integers(0, 2**16)
+
+
+@dataclass(frozen=True)
+class CodesProblem:
+    """Scores (B, K) of cosines, and the settings of Sinkhorn-Knopp."""
+
+    scores: np.ndarray
+    epsilon: float
+    iterations: int
+
+    def with_scores(self, scores: np.ndarray) -> CodesProblem:
+        """Return the problem with other scores."""
+        return replace(self, scores=scores)
+
+
+@dataclass(frozen=True)
+class KnownCodes(CodesProblem):
+    """A problem with the codes that it must have."""
+
+    codes: np.ndarray
+
+
+@dataclass(frozen=True)
+class LossProblem:
+    """Scores (V, B, K) and codes (A, B, K), whose rows need not sum to 1."""
+
+    scores: np.ndarray
+    codes: np.ndarray
+    temperature: float
+
+
+def reals(*shape: int, low: float = -1.0, high: float = 1.0) -> st.SearchStrategy[np.ndarray]:
+    """Return arrays of numbers that float32 holds exactly, so that no rounding of input counts."""
+    return arrays(np.float32, shape, elements=st.floats(low, high, width=32)).map(np.float64)
+
+
+@st.composite
+def codes_problems(
+    draw: st.DrawFn, iterations: st.SearchStrategy[int] = iterations
+) -> CodesProblem:
+    shape = draw(st.tuples(st.integers(1, 9), st.integers(1, 7)))
+    return CodesProblem(draw(reals(*shape)), draw(epsilons), draw(iterations))
+
+
+@st.composite
+def separable(draw: st.DrawFn) -> KnownCodes:
+    """Scores a_i + b_j: no sample prefers any prototype, so every entry is 1/K."""
+    samples, prototypes = draw(st.tuples(st.integers(1, 9), st.integers(1, 7)))
+    scores = draw(reals(samples, 1)) + draw(reals(1, prototypes))
+    codes = np.full(scores.shape, 1 / prototypes)
+    return KnownCodes(scores, draw(epsilons), draw(iterations), codes)
+
+
+@st.composite
+def circulant(draw: st.DrawFn) -> KnownCodes:
+    """Each row is the one before, turned by a place: columns and rows have the same sums."""
+    row = draw(reals(draw(st.integers(1, 7))))
+    scores = np.stack([np.roll(row, turn) for turn in range(len(row))])
+    epsilon = draw(epsilons)
+    plan = np.exp((scores - scores.max()) / epsilon)
+    codes = plan / plan.sum(axis=1, keepdims=True)
+    return KnownCodes(scores, epsilon, draw(iterations), codes)
+
+
+@st.composite
+def converged_two_by_two(draw: st.DrawFn) -> KnownCodes:
+    """Two samples and two prototypes, which have a closed form at convergence."""
+    scores, epsilon = draw(reals(2, 2)), draw(st.sampled_from([0.5, 1.0, 2.0]))
+    difference = scores[0, 0] + scores[1, 1] - scores[0, 1] - scores[1, 0]
+    agree = 1 / (1 + np.exp(-difference / (2 * epsilon)))
+    codes = np.array([[agree, 1 - agree], [1 - agree, agree]])
+    return KnownCodes(scores, epsilon, 300, codes)
+
+
+@st.composite
+def loss_problems(draw: st.DrawFn) -> LossProblem:
+    views = draw(st.integers(2, 5))
+    samples, prototypes = draw(st.tuples(st.integers(1, 5), st.integers(1, 6)))
+    code_views = draw(st.integers(1, views))
+    return LossProblem(
+        draw(reals(views, samples, prototypes)),
+        draw(reals(code_views, samples, prototypes, low=0.0)),
+        draw(st.sampled_from([0.05, 0.1, 1.0])),
+    )
+
+
+@st.composite
+def permutations(draw: st.DrawFn, count: int) -> np.ndarray:
+    return np.array(draw(st.permutations(range(count))), dtype=np.int64)
+
+
+@st.composite
+def splits(draw: st.DrawFn, count: int, parts: int) -> list[int]:
+    """Return the sizes of ``parts`` shards of ``count`` samples, empty ones included."""
+    cuts = sorted(draw(st.lists(st.integers(0, count), min_size=parts - 1, max_size=parts - 1)))
+    return list(np.diff([0, *cuts, count]))
