@@ -1,0 +1,155 @@
+"""The command line of pretrain.py: one field, one option."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+
+from swavkit import CropGroup, PhotometricDistortion
+
+DIGIT_DATA = {  # data: crops, range of their area
+    "mnist": ("2x28,2x20", "0.7-1,0.5-0.9"),
+    "digits": ("2x8,2x6", "0.7-1,0.5-0.9"),
+}
+FOLDER_CROPS = ("2x48,4x24", "0.3-1,0.1-0.4")
+
+
+class UserError(Exception):
+    """Something that the user can put right; it is shown as one line."""
+
+
+def option(default: Any, explanation: str) -> Any:
+    """Declare a field together with the help for its option."""
+    return field(default=default, metadata={"help": explanation})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options. Defaults were chosen on the validation split (``--validation``)."""
+
+    data: str = option("mnist", "mnist, digits, or a folder of images; subfolders are labels")
+    output: str = option("runs/pretrain", "folder for metrics, checkpoint and pictures")
+    resume: bool = option(False, "go on from the checkpoint in the output folder, if there is one")
+    validation: bool = option(
+        False,
+        "hold out a part of the training images, and evaluate on it and not on the test split",
+    )
+    epochs: int = option(25, "passes over the training images")
+    batch_size: int = option(64, "images in a step")
+    crops: str = option("auto", "count x size of each resolution, such as 2x28,2x20")
+    scales: str = option("auto", "range of the crops' area for each resolution: 0.7-1,0.5-0.9")
+    prototypes: int = option(100, "number of prototypes, K")
+    feature_dim: int = option(64, "number of features that are compared with the prototypes")
+    temperature: float = option(0.1, "softmax temperature of the predictions")
+    epsilon: float = option(0.02, "entropy temperature of the codes")
+    iterations: int = option(3, "Sinkhorn-Knopp iterations")
+    queue: int = option(0, "slots of the feature queue; 0 for none")
+    freeze_steps: int = option(50, "steps before the prototypes start to move")
+    learning_rate: float = option(2e-3, "largest learning rate of AdamW")
+    warmup_steps: int = option(300, "steps of linear warm-up before the cosine decay")
+    weight_decay: float = option(1e-4, "weight decay of AdamW")
+    image_size: int = option(64, "images of a folder are scaled and cut to squares of this size")
+    seed: int = option(0, "seed of initialisation, batches and crops; the data split is fixed")
+    device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    threads: int = option(0, "threads on the CPU; 0 leaves it to torch")
+    compile: bool = option(False, "compile the network with torch.compile")
+
+
+# Which may differ between the run that wrote a checkpoint and the one that goes on from it.
+FREE_TO_CHANGE = {"output", "resume", "device", "threads", "compile"}
+
+LEAST = {
+    "epochs": 1,
+    "batch_size": 2,  # BatchNorm
+    "queue": 0,
+    "learning_rate": 0,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+    "image_size": 1,
+    "seed": 0,
+    "threads": 0,
+}
+
+
+def parse(arguments: list[str] | None, description: str) -> Settings:
+    """Return the settings of a command line.
+
+    Raises:
+        UserError: If an argument is wrong.
+    """
+    parser = Parser(
+        prog="pretrain.py",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for field_ in dataclasses.fields(Settings):
+        name, explanation = flag(field_.name), field_.metadata["help"]
+        if isinstance(field_.default, bool):
+            parser.add_argument(name, action="store_true", help=explanation)
+        else:
+            kind = type(field_.default)
+            parser.add_argument(name, type=kind, default=field_.default, help=explanation)
+    settings = Settings(**vars(parser.parse_args(arguments)))
+    for name, least in LEAST.items():
+        value = getattr(settings, name)
+        if not least <= value < math.inf:
+            raise UserError(f"{flag(name)} must be at least {least}, got {value}")
+    return settings
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def flag(name: str) -> str:
+    """Return the option of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def crop_groups(settings: Settings, distort_digits: Any) -> list[CropGroup]:
+    """Return the crops that ``--crops`` and ``--scales`` describe."""
+    digits = settings.data in DIGIT_DATA
+    crops, scales = DIGIT_DATA[settings.data] if digits else FOLDER_CROPS
+    crops = crops if settings.crops == "auto" else settings.crops
+    scales = scales if settings.scales == "auto" else settings.scales
+    try:
+        numbers = [[int(number) for number in crop.split("x")] for crop in crops.split(",")]
+        areas = [[float(area) for area in scale.split("-")] for scale in scales.split(",")]
+        groups = [
+            CropGroup(
+                size,
+                count,
+                (least, most),
+                flip=0.0 if digits else 0.5,  # a mirrored digit is none
+                photometric=distort_digits if digits else PhotometricDistortion(),
+            )
+            for (count, size), (least, most) in zip(numbers, areas, strict=True)
+        ]
+    except ValueError as error:
+        raise UserError(
+            f"--crops and --scales must be like 2x28,2x20 and 0.7-1,0.5-0.9, got {crops!r} and "
+            f"{scales!r} ({error})"
+        ) from error
+    if sum(group.count for group in groups) < 2:
+        raise UserError(f"--crops must describe at least 2 crops of an image, got {crops!r}")
+    return groups
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that ``--device`` names, once a tensor was made on it."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros((), device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name!r} cannot be used: {reason}") from error
+    return torch.device(name)
