@@ -39,7 +39,7 @@ class Settings:
         False,
         "hold out a part of the training images, and evaluate on it and not on the test split",
     )
-    epochs: int = option(25, "passes over the training images")
+    epochs: int = option(30, "passes over the training images")
     batch_size: int = option(64, "images in a step")
     crops: str = option("auto", "count x size of each resolution, such as 2x28,2x20")
     scales: str = option("auto", "range of the crops' area for each resolution: 0.7-1,0.5-0.9")
@@ -56,7 +56,7 @@ class Settings:
     image_size: int = option(64, "images of a folder are scaled and cut to squares of this size")
     seed: int = option(0, "seed of initialisation, batches and crops; the data split is fixed")
     device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
-    threads: int = option(0, "threads on the CPU; 0 leaves it to torch")
+    threads: int = option(1, "threads on the CPU; the default network is too small for many")
     compile: bool = option(False, "compile the network with torch.compile")
 
 
@@ -72,7 +72,7 @@ LEAST = {
     "weight_decay": 0,
     "image_size": 1,
     "seed": 0,
-    "threads": 0,
+    "threads": 1,
 }
 
 
