@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -82,12 +81,9 @@ def sum_over_ranks(values: Tensor, group: ProcessGroup | None) -> Tensor:
     return values
 
 
-def logsumexp_over_ranks(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Return log Σ exp(``values``) over the group; a rank with nothing to add gives -inf."""
-    if group is None:
-        return values
-    largest = values.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    # Where every rank has -inf there is nothing to shift, and -inf - (-inf) would be NaN.
-    shift = largest.masked_fill(largest == -torch.inf, 0)
-    return shift + sum_over_ranks((values - shift).exp(), group).log()
+def max_over_ranks(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Return the largest of ``values`` over the group; may overwrite ``values``."""
+    if group is not None:
+        values = values.contiguous()
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    return values

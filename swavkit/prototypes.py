@@ -140,4 +140,4 @@ def unit_rows(rows: Tensor, *, differentiate_norm: bool = True) -> Tensor:
     norm = torch.linalg.vector_norm(
         scaled if differentiate_norm else scaled.detach(), dim=-1, keepdim=True
     )
-    return scaled / torch.where(norm == 0, 1, norm)
+    return scaled / torch.where(norm == 0, torch.inf, norm)  # so the gradient of a zero row is 0

@@ -11,21 +11,21 @@ two vectors u (K) and v (B) are iterated::
 
 r are the masses of the samples and c those of the prototypes, each in proportion to its sum.
 
-Differences from the published procedure, none of which changes the codes in exact arithmetic: the
-first iteration is made in the log domain, which no finite score over- or underflows; P is read and
-never rewritten; the arithmetic is in float32 or better whatever the dtype of the scores; samples
-may be spread unevenly over processes.
+Differences from the published procedure, none of which changes the codes in exact arithmetic: P is
+first scaled so that no finite score over- or underflows, and is then read and never rewritten; the
+arithmetic is in float32 or better whatever the dtype of the scores; samples may be spread unevenly
+over processes.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from swavkit import _checks
-from swavkit._distributed import GroupHandle, logsumexp_over_ranks, participants, sum_over_ranks
+from swavkit._distributed import GroupHandle, max_over_ranks, participants, sum_over_ranks
 from swavkit._precision import at_least_float32, autocast_disabled
 
 if TYPE_CHECKING:
@@ -33,9 +33,14 @@ if TYPE_CHECKING:
 
 __all__ = ["SinkhornKnopp", "sinkhorn_knopp"]
 
-# The entries of u and v can grow by up to B·K in each iteration. After the first one in the log
-# domain, this many in all stay inside float32's range at any B·K that fits in memory.
-_MAX_ITERATIONS_BY_SCALING = 5
+# The ranges of u and v can grow by up to B·K in each iteration. For so many iterations they stay
+# inside that of float32 at any B·K that fits in memory; then the plan is computed anew.
+_ITERATIONS_OF_ONE_PLAN = 5
+
+# What a CPU's core keeps in its cache from one operation to the next. An accelerator takes all
+# samples at once, and so does a compiler, which fuses the operations.
+_ENTRIES_OF_A_BLOCK = 2**18
+_SAMPLES_OF_A_BLOCK = 2**9  # a matrix-vector product may add them up one by one, in float32
 
 
 def sinkhorn_knopp(
@@ -111,24 +116,16 @@ def sinkhorn_knopp(
 
     with torch.no_grad(), autocast_disabled(scores.device):
         dtype = at_least_float32(scores.dtype)
-        logits = scores.to(dtype) / epsilon  # (..., B, K), log P
-        sample_mass = logits.new_ones(())
-        if sample_weight is not None:
-            sample_mass = sample_weight.to(dtype)
-            unusable = (sample_mass == 0) & ~logits.isfinite().all(dim=-1)  # (..., B)
-            logits = logits.masked_fill(unusable.unsqueeze(-1), 0)
-        sample_mass = sample_mass.expand(logits.shape[:-1])  # (..., B), r
-        prototype_mass = logits.new_ones(logits.shape[-1])
-        if prototype_weight is not None:
-            prototype_mass = prototype_weight.to(dtype)
-        prototype_mass = prototype_mass / prototype_mass.sum()  # (K,), c
-
-        by_scaling = iterations <= _MAX_ITERATIONS_BY_SCALING
-        iterate = _iterate_by_scaling if by_scaling else _iterate_in_log_domain
-        codes = iterate(logits, sample_mass, prototype_mass, iterations, group)
-        if sample_weight is not None:
-            codes = codes.masked_fill(unusable.unsqueeze(-1), 0)
-        return codes.to(scores.dtype)
+        sample_mass = _mass(sample_weight, scores.shape[:-1], scores.device, dtype)  # (..., B), r
+        prototype_mass = _mass(prototype_weight, scores.shape[-1:], scores.device, dtype)  # (K,), c
+        plan = _Plan(
+            scores.flatten(0, -3) if scores.dim() > 2 else scores.unsqueeze(0),
+            sample_mass.flatten(0, -2) if scores.dim() > 2 else sample_mass.unsqueeze(0),
+            sample_weight is not None,
+            epsilon,
+        )
+        codes = _iterate(plan, prototype_mass / prototype_mass.sum(), iterations, group)
+        return codes.view(scores.shape).to(scores.dtype)
 
 
 class SinkhornKnopp(nn.Module):
@@ -208,67 +205,143 @@ class SinkhornKnopp(nn.Module):
         )
 
 
-def _iterate_by_scaling(
-    logits: Tensor,
-    sample_mass: Tensor,
-    prototype_mass: Tensor,
-    iterations: int,
-    group: ProcessGroup | None,
+def _mass(
+    weight: Tensor | None, shape: torch.Size, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Make the first iteration in the log domain and the others by scaling vectors.
-
-    The plan of the first iteration has rows that sum to 1, and columns of mass at least
-    c_j · min r, so everything after it is finite. Overwrites ``logits``.
-    """
-    log_u = prototype_mass.log() - _log_prototype_mass(logits, sample_mass, group)  # (..., K)
-    plan = torch.softmax(logits.add_(log_u.unsqueeze(-2)), dim=-1)  # (..., B, K)
-    u = torch.ones_like(log_u)
-    v = torch.ones_like(sample_mass)  # (..., B)
-    for _ in range(iterations - 1):
-        mass = sum_over_ranks(_matrix_vector(plan.mT, sample_mass * v), group)  # (..., K)
-        # Divided by the total, which v carries from one iteration to the next: else u would drift
-        # by (Σr)ⁿ. There is no mass where c_j = 0, and nowhere if nobody is present.
-        u = torch.where(mass == 0, 1, prototype_mass * mass.sum(dim=-1, keepdim=True) / mass)
-        v = 1 / _matrix_vector(plan, u)
-    return plan.mul_(u.unsqueeze(-2)).mul_(v.unsqueeze(-1))
+    """Return a weight as masses of ``shape``; NaN where it is negative, so that it shows."""
+    if weight is None:
+        return torch.ones(shape, device=device, dtype=dtype)
+    return torch.where(weight < 0, torch.nan, weight.to(dtype)).expand(shape).clone()
 
 
-def _iterate_in_log_domain(
-    logits: Tensor,
-    sample_mass: Tensor,
-    prototype_mass: Tensor,
-    iterations: int,
-    group: ProcessGroup | None,
+def _iterate(
+    plan: _Plan, prototype_mass: Tensor, iterations: int, group: ProcessGroup | None
 ) -> Tensor:
-    """Make every iteration in the log domain, whose range no number of iterations exhausts."""
-    log_c = prototype_mass.log()
-    log_u = log_c - _log_prototype_mass(logits, sample_mass, group)  # (..., K)
-    for _ in range(iterations - 1):
-        log_v = -torch.logsumexp(logits + log_u.unsqueeze(-2), dim=-1)  # (..., B)
-        log_mass = _log_prototype_mass(logits + log_v.unsqueeze(-1), sample_mass, group)
-        log_total = torch.logsumexp(log_u + log_mass, dim=-1, keepdim=True)  # log Σr: no drift
-        log_u = log_c - log_mass + log_total
-    return torch.softmax(logits + log_u.unsqueeze(-2), dim=-1)
+    """Return the codes (N, B, K) of a new plan; ``prototype_mass`` (K,) has the sum 1."""
+    largest = max_over_ranks(plan.largest_scores(), group)  # (N, K)
+    log_u = prototype_mass.log() - largest / plan.epsilon
+    mass = plan.start(log_u)
+    for iteration in range(1, iterations):
+        u = _equalise(sum_over_ranks(mass, group), prototype_mass)
+        if iteration % _ITERATIONS_OF_ONE_PLAN == 0:
+            log_u += u.log()
+            mass = plan.restart(log_u)
+        else:
+            mass = plan.iterate(u)
+    return plan.codes(_equalise(sum_over_ranks(mass, group), prototype_mass))
 
 
-def _log_prototype_mass(logits: Tensor, sample_mass: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Return log Σ_i r_i exp(logits_ij) over the samples of all processes, (..., K)."""
-    weighted = logits + sample_mass.log().unsqueeze(-1)
-    log_mass = logsumexp_over_ranks(torch.logsumexp(weighted, dim=-2), group)
-    # Nobody present: there is nothing to equalise, and -inf would turn into NaN.
-    return log_mass.masked_fill(log_mass == -torch.inf, 0)
+def _equalise(mass: Tensor, prototype_mass: Tensor) -> Tensor:
+    """Return the u (N, K) that brings the prototypes from ``mass`` to their own, up to a factor.
 
-
-def _matrix_vector(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """Multiply (..., N, M) with (..., M), always in the full precision of the dtype.
-
-    A batched product would follow the reduced-precision modes (TF32, bfloat16) that a user may have
-    switched on for the network; a plain matrix-vector product does not.
+    The factor cancels in v; with the total in it, u stays near 1 however large the weights are.
     """
-    if matrices.dim() == 2:
-        return torch.mv(matrices, vectors)
-    products = [
-        _matrix_vector(matrix, vector)
-        for matrix, vector in zip(matrices.unbind(0), vectors.unbind(0), strict=True)
-    ]
-    return torch.stack(products) if products else matrices.new_zeros(matrices.shape[:-1])
+    u = prototype_mass * mass.sum(dim=-1, keepdim=True) / mass
+    return torch.where(mass == 0, 1, u)  # no mass is wanted there, or nobody is present
+
+
+class _Block(NamedTuple):
+    """Some samples of problem number ``problem``."""
+
+    problem: int
+    scores: Tensor  # (b, K)
+    entries: Tensor  # (b, K), P
+    sample_mass: Tensor  # (b,), r
+    usable: Tensor  # (b,) bool, whether all scores are finite
+    code_mass: Tensor  # (b,), what the codes must sum to
+
+
+class _Plan:
+    """P = exp(S/ε) of N problems, scaled so that no score takes it out of range.
+
+    With b_j the largest S_ij/ε of prototype j, and a_i the largest exponent that this leaves to
+    sample i, P_ij = exp(S_ij/ε - b_j + log c_j - a_i). The largest entry of each row is 1, and the
+    first v = e^a, which undoes a, leaves an entry of c_j to each column. So the first u and v are
+    finite for any finite scores, at the price of one exponential an entry.
+
+    Each method reads P once, block by block, and all but the last return (N, K) masses of the
+    prototypes, Pᵀ (r * v), of the samples of this process. A sample with a NaN or an infinite score
+    is left out: its mass is 0, and its code NaN, or zeros if it was absent anyway.
+
+    Args:
+        scores: (N, B, K).
+        sample_mass: (N, B), in the dtype of all arithmetic; overwritten.
+        weighted: Whether any of these can be 0.
+        epsilon: ε.
+    """
+
+    def __init__(self, scores: Tensor, sample_mass: Tensor, weighted: bool, epsilon: float) -> None:
+        self.weighted = weighted
+        self.epsilon = epsilon
+        self.entries = torch.empty(scores.shape, dtype=sample_mass.dtype, device=scores.device)
+        # In place of scores that must not count: so low that it is the largest of no prototype.
+        low = torch.finfo(sample_mass.dtype).min / 4 * min(epsilon, 1)
+        self.low = sample_mass.new_full((), low)
+        self.sample_mass = sample_mass
+        self.usable = torch.empty_like(sample_mass, dtype=torch.bool)
+        self.code_mass = torch.ones_like(sample_mass)
+        parts = (scores, self.entries, self.sample_mass, self.usable, self.code_mass)
+        number, samples, prototypes = scores.shape
+        rows = samples
+        if scores.device.type == "cpu" and not torch.compiler.is_compiling():
+            rows = min(_SAMPLES_OF_A_BLOCK, _ENTRIES_OF_A_BLOCK // prototypes)
+        self.blocks = [
+            _Block(problem, *(tensor[problem] for tensor in block))
+            for block in zip(*(torch.split(part, max(rows, 1), 1) for part in parts), strict=True)
+            for problem in range(number if samples else 0)
+        ]
+
+    def largest_scores(self) -> Tensor:
+        """Return the largest score of each prototype among the samples that are present."""
+        largest = self._of_prototypes(self.low)
+        for problem, scores, entries, sample_mass, usable, _ in self.blocks:
+            usable.copy_(scores.sum(dim=-1, dtype=entries.dtype).isfinite())
+            torch.where(usable.unsqueeze(-1), scores.to(entries.dtype), self.low, out=entries)
+            present = entries
+            if self.weighted:
+                present = torch.where((sample_mass != 0).unsqueeze(-1), entries, self.low)
+            torch.maximum(largest[problem], present.amax(dim=0), out=largest[problem])
+        absent = self.sample_mass == 0
+        self.code_mass.masked_fill_(~self.usable, torch.nan).masked_fill_(~self.usable & absent, 0)
+        self.sample_mass.masked_fill_(~self.usable, 0)
+        return torch.where(largest == self.low, 0, largest)
+
+    def start(self, log_u: Tensor) -> Tensor:
+        """Compute P and v for u = 1."""
+        mass = self._of_prototypes(0)
+        for problem, _, entries, sample_mass, _, _ in self.blocks:
+            torch.add(log_u[problem], entries, alpha=1 / self.epsilon, out=entries)
+            exponent = entries.amax(dim=-1)  # (b,), a; above 0 for absent samples alone
+            entries.sub_(exponent.unsqueeze(-1)).exp_()
+            v = exponent.clamp(max=0).exp()
+            mass[problem] += torch.mv(entries.mT, sample_mass * v)
+        return mass
+
+    def iterate(self, u: Tensor) -> Tensor:
+        """Compute v for the next u."""
+        mass = self._of_prototypes(0)
+        for problem, _, entries, sample_mass, _, _ in self.blocks:
+            v = 1 / torch.mv(entries, u[problem])
+            mass[problem] += torch.mv(entries.mT, sample_mass * v)
+        return mass
+
+    def restart(self, log_u: Tensor) -> Tensor:
+        """Compute P anew with u inside, log_u (N, K), and with v, so that rows sum to 1."""
+        mass = self._of_prototypes(0)
+        for problem, scores, entries, sample_mass, usable, _ in self.blocks:
+            torch.where(usable.unsqueeze(-1), scores.to(entries.dtype), self.low, out=entries)
+            torch.add(log_u[problem], entries, alpha=1 / self.epsilon, out=entries)
+            entries.copy_(entries.softmax(dim=-1))
+            mass[problem] += torch.mv(entries.mT, sample_mass)
+        return mass
+
+    def codes(self, u: Tensor) -> Tensor:
+        """Return diag(v) P diag(u) for the v of the last u. The plan is used up."""
+        for problem, _, entries, _, _, code_mass in self.blocks:
+            v = code_mass / torch.mv(entries, u[problem])
+            entries.mul_(u[problem]).mul_(v.unsqueeze(-1))
+        return self.entries
+
+    def _of_prototypes(self, value: float | Tensor) -> Tensor:
+        number, _, prototypes = self.entries.shape
+        return self.low.new_zeros(number, prototypes) + value

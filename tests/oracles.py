@@ -34,13 +34,16 @@ def sinkhorn(
     samples, prototypes = scores.shape
     weight = np.ones(samples) if sample_weight is None else np.asarray(sample_weight, float)
     mass = np.ones(prototypes) if prototype_weight is None else np.asarray(prototype_weight, float)
-    mass = mass / mass.sum() * weight.sum()
+    mass = mass / mass.sum()
     present = weight > 0
     log_plan = np.asarray(scores, np.float64) / epsilon
     with np.errstate(divide="ignore"):
         log_weight, log_mass = np.log(weight), np.log(mass)
     for _ in range(iterations):
         for j in range(prototypes):
+            if mass[j] == 0:
+                log_plan[:, j] = -np.inf
+                continue
             column = log_weight[present] + log_plan[present, j]
             log_plan[:, j] += log_mass[j] - log_sum_exp(column)
         for i in range(samples):

@@ -1,0 +1,48 @@
+"""What torch lets a test see while code runs: synchronisation, collectives, compiled graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class RefuseSynchronisation(TorchDispatchMode):
+    """Raises an error at each operation that reads a value of a tensor on the host."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
+            raise RuntimeError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+class CountingBackend:
+    """Counts the graphs that torch.compile makes from now on, and runs them as they are."""
+
+    def __init__(self) -> None:
+        torch._dynamo.reset()
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        self.graphs += 1
+        return graph.forward
+
+
+class Collectives(TorchDispatchMode):
+    """Notes the number of entries in the tensors of every collective."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numels: list[int] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            tensors = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+            self.numels.append(sum(tensor.numel() for tensor in tensors))
+        return func(*args, **(kwargs or {}))
