@@ -28,8 +28,6 @@ PICTURES = ["crops.png", "loss.png", "map.png", "nearest.png", "prototypes.png"]
 ROWS = ["trained encoder", "random encoder", "raw pixels"]
 COLUMNS = ["linear_10", "knn_10", "linear", "knn"]
 
-pytestmark = pytest.mark.xdist_group("pretrain")  # so that the unbroken run is made once
-
 
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], int]:

@@ -18,7 +18,7 @@ from tests.modes import Collectives
 from tests.ranks import Ranks
 from tests.strategies import codes_problems, reals, splits
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.distributed
 
 # How 64 samples lie on the ranks: evenly, unevenly, some or all but one of them without any.
 SIZES = [

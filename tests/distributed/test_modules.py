@@ -18,7 +18,7 @@ from swavkit import SinkhornKnopp, SwAVLoss
 from tests import oracles
 from tests.ranks import Ranks
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.distributed
 
 SIZES = (6, 3, 4)  # samples on each rank
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from tests.ranks import RankError, Ranks
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.distributed
 
 
 def total(rank: int, value: float) -> float:

@@ -16,7 +16,7 @@ from swavkit import SwAVLoss, sinkhorn_knopp, swapped_prediction_loss
 from tests import oracles
 from tests.ranks import Ranks
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.distributed
 
 VIEWS, INPUTS = 3, 6
 STEPS = 5
