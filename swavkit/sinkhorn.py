@@ -79,9 +79,10 @@ def sinkhorn_knopp(
 
     Returns:
         (..., B, K) codes in the dtype of ``scores``, without gradient. Values are not checked, so
-        that no accelerator has to wait: a NaN or an infinite score of a sample that takes part
-        gives NaN codes. S/ε is rounded in float32 (float64 for float64 scores), which limits the
-        accuracy of an entry to about 6e-8 · max|S| / ε.
+        that no accelerator has to wait. A sample with a NaN or an infinite score gets NaN codes,
+        and the others those that they have without it. A negative or NaN weight makes every code
+        NaN. S/ε is rounded in float32 (float64 for float64 scores), which limits the accuracy of an
+        entry to about 6e-8 · max|S| / ε.
 
     Raises:
         TypeError: If ``scores`` is no floating tensor or a weight is neither bool nor floating.
@@ -219,6 +220,7 @@ def _iterate(
 ) -> Tensor:
     """Return the codes (N, B, K) of a new plan; ``prototype_mass`` (K,) has the sum 1."""
     largest = max_over_ranks(plan.largest_scores(), group)  # (N, K)
+    largest = torch.where(largest == plan.low, 0, largest)  # nobody is present on any rank
     log_u = prototype_mass.log() - largest / plan.epsilon
     mass = plan.start(log_u)
     for iteration in range(1, iterations):
@@ -304,7 +306,7 @@ class _Plan:
         absent = self.sample_mass == 0
         self.code_mass.masked_fill_(~self.usable, torch.nan).masked_fill_(~self.usable & absent, 0)
         self.sample_mass.masked_fill_(~self.usable, 0)
-        return torch.where(largest == self.low, 0, largest)
+        return largest
 
     def start(self, log_u: Tensor) -> Tensor:
         """Compute P and v for u = 1."""

@@ -94,6 +94,18 @@ def test_no_rank_with_a_sample_gives_no_codes(ranks: Ranks, iterations: int) -> 
     assert [codes.shape for codes in ranks.run(codes_of_part, parts)] == [(2, 0, 5)] * 3
 
 
+@pytest.mark.parametrize("iterations", [1, 3, 8])
+@pytest.mark.parametrize("offset", [-1000.0, 1000.0])
+@pytest.mark.parametrize("sizes", [(8, 0, 4), (0, 0, 12)], ids=str)
+def test_a_rank_without_samples_shifts_no_scores(
+    ranks: Ranks, sizes: tuple[int, ...], offset: float, iterations: int
+) -> None:
+    scores = cosines(7, 12, 5) + offset
+    codes = codes_of_split(ranks, scores, sizes, settings={"iterations": iterations})
+    expected = oracles.sinkhorn(scores, 0.05, iterations)
+    np.testing.assert_allclose(codes, expected, rtol=0, atol=1e-9)
+
+
 @st.composite
 def weighted_splits(draw: st.DrawFn) -> tuple[Any, list[int], np.ndarray, np.ndarray]:
     """A problem, the number of its samples on each of three ranks, and masses for both sides."""
