@@ -58,8 +58,8 @@ class SwAVLoss(nn.Module):
         queue_start: For how many training steps the queue only fills. From then on, and not before
             the second step, codes are computed on the current features and the queue's.
         freeze_steps: For how many training steps the prototypes get a gradient of zeros. Weight
-            decay may rescale them meanwhile, which changes no score; only Adam's coupled decay can
-            turn them.
+            decay may rescale them meanwhile, which changes no score; Adam's coupled decay can turn
+            them, and so can SGD with momentum and a decay of several per cent a step.
         process_group: The processes that share the batch for codes; the default group if ``None``.
         synchronize: Whether to share the batch for codes with other processes in training mode.
 
