@@ -4,6 +4,7 @@
 """
 
 from swavkit.feature_queue import FeatureQueue
+from swavkit.marginals import marginal_error, power_law_prior
 from swavkit.multicrop import CropGroup, MultiCropTransform, multi_crop_forward
 from swavkit.photometric import PhotometricDistortion
 from swavkit.prototypes import PrototypeLayer
@@ -21,7 +22,9 @@ __all__ = [
     "SwAVDetails",
     "SwAVLoss",
     "SwappedPredictionLoss",
+    "marginal_error",
     "multi_crop_forward",
+    "power_law_prior",
     "sinkhorn_knopp",
     "swapped_prediction_loss",
 ]

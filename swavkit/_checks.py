@@ -18,9 +18,7 @@ from torch import Tensor
 
 def finite_float(name: str, value: Any) -> float:
     """Return ``value`` as a float if it is a finite number."""
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    number = float(value)
+    number = _number(name, value)
     if not math.isfinite(number):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     return number
@@ -31,6 +29,22 @@ def positive_float(name: str, value: Any) -> float:
     number = finite_float(name, value)
     if number <= 0:
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+    return number
+
+
+def non_negative_float(name: str, value: Any) -> float:
+    """Return ``value`` as a float if it is a finite number of at least 0."""
+    number = finite_float(name, value)
+    if number < 0:
+        raise ValueError(f"{name} must be at least 0, got {value!r}")
+    return number
+
+
+def positive_or_infinite(name: str, value: Any) -> float:
+    """Return ``value`` as a float if it is a number above 0, infinity included."""
+    number = _number(name, value)
+    if not number > 0:
+        raise ValueError(f"{name} must be a number above 0, got {value!r}")
     return number
 
 
@@ -107,6 +121,21 @@ def no_empty_last_dimension(name: str, value: Tensor, meaning: str) -> None:
         )
 
 
+def of_samples_and_prototypes(name: str, value: Any) -> None:
+    """Refuse all but a floating tensor (..., B, K) with K > 0: scores, or codes."""
+    floating_tensor(name, value)
+    min_dimensions(name, value, 2, "(..., samples, prototypes)")
+    no_empty_last_dimension(name, value, "prototypes")
+
+
+def weights(sample_weight: Tensor | None, prototype_weight: Tensor | None, like: Tensor) -> None:
+    """Refuse weights that do not fit ``like``, (..., B, K); ``None`` is none."""
+    if sample_weight is not None:
+        weight("sample_weight", sample_weight, (like.shape[:-1], like.shape[-2:-1]), like)
+    if prototype_weight is not None:
+        weight("prototype_weight", prototype_weight, (like.shape[-1:],), like)
+
+
 def weight(name: str, value: Any, shapes: Sequence[tuple[int, ...]], like: Tensor) -> None:
     """Refuse all but a bool or floating tensor of one of ``shapes`` on the device of ``like``."""
     if not isinstance(value, Tensor):
@@ -181,6 +210,12 @@ def views(
             )
         same_device(item, member, members[0])
     return members
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
 
 
 def _int_from(name: str, value: Any, least: int) -> int:

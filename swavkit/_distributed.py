@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -75,15 +76,25 @@ def participants(group: ProcessGroup | None, synchronize: bool) -> ProcessGroup 
 
 def sum_over_ranks(values: Tensor, group: ProcessGroup | None) -> Tensor:
     """Return the sum of ``values`` over the group; may overwrite ``values``."""
-    if group is not None:
-        values = values.contiguous()
-        dist.all_reduce(values, op=dist.ReduceOp.SUM, group=group)
-    return values
+    return _reduce(values, "SUM", group)
 
 
 def max_over_ranks(values: Tensor, group: ProcessGroup | None) -> Tensor:
     """Return the largest of ``values`` over the group; may overwrite ``values``."""
+    return _reduce(values, "MAX", group)
+
+
+def gather_over_ranks(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Return the ``values`` of every process of the group, stacked in a new first dimension."""
+    if group is None:
+        return values.unsqueeze(0)
+    gathered = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, values.contiguous(), group=group)
+    return torch.stack(gathered)
+
+
+def _reduce(values: Tensor, operation: str, group: ProcessGroup | None) -> Tensor:
     if group is not None:
         values = values.contiguous()
-        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(values, op=getattr(dist.ReduceOp, operation), group=group)
     return values

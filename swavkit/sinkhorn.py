@@ -12,35 +12,35 @@ two vectors u (K) and v (B) are iterated::
 r are the masses of the samples and c those of the prototypes, each in proportion to its sum.
 
 Differences from the published procedure, none of which changes the codes in exact arithmetic: P is
-first scaled so that no finite score over- or underflows, and is then read and never rewritten; the
-arithmetic is in float32 or better whatever the dtype of the scores; samples may be spread unevenly
-over processes.
+first scaled so that no finite score over- or underflows, and is then read and not rewritten (see
+``_plan.py``); the arithmetic is in float32 or better whatever the dtype of the scores; samples may
+be spread unevenly over processes.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from swavkit import _checks
-from swavkit._distributed import GroupHandle, max_over_ranks, participants, sum_over_ranks
+from swavkit._distributed import (
+    GroupHandle,
+    gather_over_ranks,
+    max_over_ranks,
+    participants,
+    sum_over_ranks,
+)
+from swavkit._plan import Plan
 from swavkit._precision import at_least_float32, autocast_disabled
+from swavkit.marginals import masses
 
 if TYPE_CHECKING:
     from swavkit._distributed import ProcessGroup
 
 __all__ = ["SinkhornKnopp", "sinkhorn_knopp"]
-
-# The ranges of u and v can grow by up to B·K in each iteration. For so many iterations they stay
-# inside that of float32 at any B·K that fits in memory; then the plan is computed anew.
-_ITERATIONS_OF_ONE_PLAN = 5
-
-# What a CPU's core keeps in its cache from one operation to the next. An accelerator takes all
-# samples at once, and so does a compiler, which fuses the operations.
-_ENTRIES_OF_A_BLOCK = 2**18
-_SAMPLES_OF_A_BLOCK = 2**9  # a matrix-vector product may add them up one by one, in float32
 
 
 def sinkhorn_knopp(
@@ -52,6 +52,10 @@ def sinkhorn_knopp(
     prototype_weight: Tensor | None = None,
     process_group: ProcessGroup | None = None,
     synchronize: bool = True,
+    relaxation: float = math.inf,
+    tolerance: float | None = None,
+    hard: bool = False,
+    validate: bool = False,
 ) -> Tensor:
     r"""Turn scores into codes that use all prototypes equally.
 
@@ -67,7 +71,7 @@ def sinkhorn_knopp(
         scores: (..., B, K) similarities of B samples with K prototypes, any real floating dtype.
             Leading dimensions are independent problems.
         epsilon: The entropy temperature ε > 0, in the unit of the scores.
-        iterations: How many iterations, at least 1.
+        iterations: How many iterations, at least 1; with ``tolerance``, at most so many.
         sample_weight: (..., B) or (B,) multiplicities, bool or floating, at least 0. A sample of
             weight 0 is absent: it takes no part, whatever its scores hold. Its own code is the one
             that the present samples' prototype masses give it, or zeros if its scores are not
@@ -76,18 +80,28 @@ def sinkhorn_knopp(
             masses by default.
         process_group: The processes that share the batch; the default group if ``None``.
         synchronize: Whether to share the batch with other processes at all.
+        relaxation: How strictly equal use is asked for, ρ > 0: the prototypes' masses may differ
+            from what they should be at the price of ρ times the Kullback-Leibler divergence.
+            Infinite is strict; towards 0 the codes become softmax(S/ε).
+        tolerance: Stop as soon as :func:`~swavkit.marginal_error` is at most this, for all
+            problems. Reads a value on the host after each iteration, which makes an accelerator
+            wait and cannot be compiled. Not with a finite ``relaxation``, which never gets there.
+        hard: Whether to round each code to the prototype of its largest entry.
+        validate: Whether to look at the values of scores and weights and refuse bad ones, on all
+            processes if one has any. Makes an accelerator wait and cannot be compiled.
 
     Returns:
-        (..., B, K) codes in the dtype of ``scores``, without gradient. Values are not checked, so
-        that no accelerator has to wait. A sample with a NaN or an infinite score gets NaN codes,
-        and the others those that they have without it. A negative or NaN weight makes every code
-        NaN. S/ε is rounded in float32 (float64 for float64 scores), which limits the accuracy of an
-        entry to about 6e-8 · max|S| / ε.
+        (..., B, K) codes in the dtype of ``scores``, without gradient. Without ``validate`` no
+        value is checked: a sample with a NaN or an infinite score gets NaN codes, and the others
+        those that they have without it; a negative or NaN weight makes every code NaN; and where no
+        sample is present, the code of an absent one is softmax(S/ε + log c). S/ε is rounded in
+        float32 (float64 for float64 scores), which limits the accuracy of an entry to about
+        6e-8 · max|S| / ε.
 
     Raises:
         TypeError: If ``scores`` is no floating tensor or a weight is neither bool nor floating.
-        ValueError: If a setting is out of range, a shape does not fit, or the calling process is
-            not in ``process_group``.
+        ValueError: If a setting is out of range, a shape does not fit, the calling process is not
+            in ``process_group``, or ``validate`` finds a bad value.
 
     Example:
         >>> scores = torch.tensor([[0.9, 0.1], [0.8, 0.3], [0.7, 0.6]])
@@ -99,34 +113,36 @@ def sinkhorn_knopp(
 
     References:
         Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments",
-        NeurIPS 2020. Cuturi, "Sinkhorn Distances", NeurIPS 2013.
+        NeurIPS 2020. Cuturi, "Sinkhorn Distances", NeurIPS 2013. Relaxed marginals: Chizat et al.,
+        "Scaling Algorithms for Unbalanced Optimal Transport Problems", 2018.
     """
-    epsilon = _checks.positive_float("epsilon", epsilon)
-    iterations = _checks.positive_int("iterations", iterations)
-    _checks.choice("synchronize", synchronize, (True, False))
-    _checks.floating_tensor("scores", scores)
-    _checks.min_dimensions("scores", scores, 2, "(..., samples, prototypes)")
-    _checks.no_empty_last_dimension("scores", scores, "prototypes")
-    if sample_weight is not None:
-        _checks.weight(
-            "sample_weight", sample_weight, (scores.shape[:-1], scores.shape[-2:-1]), scores
-        )
-    if prototype_weight is not None:
-        _checks.weight("prototype_weight", prototype_weight, (scores.shape[-1:],), scores)
+    epsilon, iterations, relaxation, tolerance = _checked(
+        epsilon, iterations, synchronize, relaxation, tolerance, hard, validate
+    )
+    _checks.of_samples_and_prototypes("scores", scores)
+    _checks.weights(sample_weight, prototype_weight, scores)
     group = participants(process_group, synchronize)
 
     with torch.no_grad(), autocast_disabled(scores.device):
+        if validate:
+            _refuse_bad_values(scores, sample_weight, prototype_weight, group)
         dtype = at_least_float32(scores.dtype)
-        sample_mass = _mass(sample_weight, scores.shape[:-1], scores.device, dtype)  # (..., B), r
-        prototype_mass = _mass(prototype_weight, scores.shape[-1:], scores.device, dtype)  # (K,), c
-        plan = _Plan(
-            scores.flatten(0, -3) if scores.dim() > 2 else scores.unsqueeze(0),
-            sample_mass.flatten(0, -2) if scores.dim() > 2 else sample_mass.unsqueeze(0),
-            sample_weight is not None,
-            epsilon,
+        sample_mass = masses(sample_weight, scores.shape[:-1], scores.device, dtype)  # (..., B), r
+        prototype_mass = masses(prototype_weight, scores.shape[-1:], scores.device, dtype)  # (K,)
+        prototype_mass /= prototype_mass.sum()  # c
+        problems = scores.unsqueeze(0).flatten(0, -3)  # (N, B, K)
+        plan = Plan(
+            problems,
+            sample_mass.view(problems.shape[:-1]),
+            weighted=sample_weight is not None,
+            epsilon=epsilon,
         )
-        codes = _iterate(plan, prototype_mass / prototype_mass.sum(), iterations, group)
-        return codes.view(scores.shape).to(scores.dtype)
+        if relaxation == math.inf:
+            _iterate(plan, prototype_mass, iterations, tolerance, group)
+        else:
+            _iterate_relaxed(plan, prototype_mass, iterations, relaxation, group)
+        codes = plan.codes().view(scores.shape)
+        return _one_hot(codes) if hard else codes
 
 
 class SinkhornKnopp(nn.Module):
@@ -136,11 +152,15 @@ class SinkhornKnopp(nn.Module):
 
     Args:
         epsilon: The entropy temperature ε > 0, in the unit of the scores.
-        iterations: How many iterations, at least 1.
+        iterations: How many iterations, at least 1; with ``tolerance``, at most so many.
         process_group: The processes that share the batch; the default group if ``None``. A deep
             copy of the module shares the group; pickling drops it, and the loaded module must be
             given a new one (``module.process_group = ...``) before its next use.
         synchronize: Whether to share the batch with other processes in training mode.
+        relaxation: How strictly equal use is asked for, ρ > 0; infinite is strict.
+        tolerance: Stop as soon as the marginal error is at most this; reads a value on the host.
+        hard: Whether to round each code to the prototype of its largest entry.
+        validate: Whether to refuse bad values of scores and weights; reads values on the host.
 
     Shape:
         scores (..., B, K), ``sample_weight`` (..., B) or (B,), ``prototype_weight`` (K,) give codes
@@ -165,12 +185,18 @@ class SinkhornKnopp(nn.Module):
         *,
         process_group: ProcessGroup | None = None,
         synchronize: bool = True,
+        relaxation: float = math.inf,
+        tolerance: float | None = None,
+        hard: bool = False,
+        validate: bool = False,
     ) -> None:
         super().__init__()
-        self.epsilon = _checks.positive_float("epsilon", epsilon)
-        self.iterations = _checks.positive_int("iterations", iterations)
-        _checks.choice("synchronize", synchronize, (True, False))
+        self.epsilon, self.iterations, self.relaxation, self.tolerance = _checked(
+            epsilon, iterations, synchronize, relaxation, tolerance, hard, validate
+        )
         self.synchronize = synchronize
+        self.hard = hard
+        self.validate = validate
         self._group = GroupHandle(process_group)
 
     @property
@@ -197,153 +223,151 @@ class SinkhornKnopp(nn.Module):
             prototype_weight=prototype_weight,
             process_group=self.process_group,
             synchronize=self.synchronize and self.training,
+            relaxation=self.relaxation,
+            tolerance=self.tolerance,
+            hard=self.hard,
+            validate=self.validate,
         )
 
     def extra_repr(self) -> str:
-        """Return the settings for ``repr``."""
-        return (
-            f"epsilon={self.epsilon}, iterations={self.iterations}, synchronize={self.synchronize}"
-        )
+        """Return the settings for ``repr``; the rarer ones where they differ from the default."""
+        shown = ["epsilon", "iterations", "synchronize"]
+        shown += ["relaxation"] * (self.relaxation != math.inf)
+        shown += ["tolerance"] * (self.tolerance is not None)
+        shown += ["hard"] * self.hard + ["validate"] * self.validate
+        return ", ".join(f"{name}={getattr(self, name)}" for name in shown)
 
 
-def _mass(
-    weight: Tensor | None, shape: torch.Size, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """Return a weight as masses of ``shape``; NaN where it is negative, so that it shows."""
-    if weight is None:
-        return torch.ones(shape, device=device, dtype=dtype)
-    return torch.where(weight < 0, torch.nan, weight.to(dtype)).expand(shape).clone()
+def _checked(
+    epsilon: float,
+    iterations: int,
+    synchronize: bool,
+    relaxation: float,
+    tolerance: float | None,
+    hard: bool,
+    validate: bool,
+) -> tuple[float, int, float, float | None]:
+    """Refuse bad settings; return the numbers."""
+    epsilon = _checks.positive_float("epsilon", epsilon)
+    iterations = _checks.positive_int("iterations", iterations)
+    _checks.choice("synchronize", synchronize, (True, False))
+    relaxation = _checks.positive_or_infinite("relaxation", relaxation)
+    if tolerance is not None:
+        tolerance = _checks.positive_float("tolerance", tolerance)
+        if relaxation != math.inf:
+            raise ValueError(
+                f"tolerance must be None with a finite relaxation, got {tolerance} with a "
+                f"relaxation of {relaxation}"
+            )
+    _checks.choice("hard", hard, (True, False))
+    _checks.choice("validate", validate, (True, False))
+    return epsilon, iterations, relaxation, tolerance
 
 
 def _iterate(
-    plan: _Plan, prototype_mass: Tensor, iterations: int, group: ProcessGroup | None
-) -> Tensor:
-    """Return the codes (N, B, K) of a new plan; ``prototype_mass`` (K,) has the sum 1."""
-    largest = max_over_ranks(plan.largest_scores(), group)  # (N, K)
-    largest = torch.where(largest == plan.low, 0, largest)  # nobody is present on any rank
-    log_u = prototype_mass.log() - largest / plan.epsilon
-    mass = plan.start(log_u)
-    for iteration in range(1, iterations):
-        u = _equalise(sum_over_ranks(mass, group), prototype_mass)
-        if iteration % _ITERATIONS_OF_ONE_PLAN == 0:
-            log_u += u.log()
-            mass = plan.restart(log_u)
-        else:
-            mass = plan.iterate(u)
-    return plan.codes(_equalise(sum_over_ranks(mass, group), prototype_mass))
+    plan: Plan,
+    prototype_mass: Tensor,
+    iterations: int,
+    tolerance: float | None,
+    group: ProcessGroup | None,
+) -> None:
+    """Bring a new plan as near to the masses ``prototype_mass`` (K,), of sum 1, as is asked for."""
+    log_u = prototype_mass.log() - _largest_exponents(plan, group)
+    mass = sum_over_ranks(plan.start(log_u), group)
+    for iteration in range(iterations):
+        if iteration > 0:
+            mass = sum_over_ranks(plan.mass(), group)  # of codes that may be good enough
+        wanted = prototype_mass * mass.sum(dim=-1, keepdim=True)
+        if tolerance is not None and iteration > 0 and _near(mass, wanted, tolerance):
+            break
+        # No mass is wanted where there is none, or nobody is present.
+        plan.scale((wanted / mass).masked_fill_(mass == 0, 1))
 
 
-def _equalise(mass: Tensor, prototype_mass: Tensor) -> Tensor:
-    """Return the u (N, K) that brings the prototypes from ``mass`` to their own, up to a factor.
+def _near(mass: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    """Tell whether the relative error is within ``tolerance`` everywhere. Waits for the device."""
+    return bool(((mass - wanted).abs() <= tolerance * wanted).all())
 
-    The factor cancels in v; with the total in it, u stays near 1 however large the weights are.
+
+def _iterate_relaxed(
+    plan: Plan,
+    prototype_mass: Tensor,
+    iterations: int,
+    relaxation: float,
+    group: ProcessGroup | None,
+) -> None:
+    """Set log u of a new plan to f after so many iterations in the log domain.
+
+    One iteration is ::
+
+        f = φ (log c - logsumexp_i(S/ε + g + log r))    with φ = ρ / (ρ + ε)
+        g = -logsumexp_j(S/ε + f)
+
+    A prototype may end up with less mass than floating point can hold, so masses are logarithms.
     """
-    u = prototype_mass * mass.sum(dim=-1, keepdim=True) / mass
-    return torch.where(mass == 0, 1, u)  # no mass is wanted there, or nobody is present
+    strength = relaxation / (relaxation + plan.epsilon)
+    log_wanted = prototype_mass.log()
+    largest = _largest_exponents(plan, group)
+    # The equations take the sum of r to be 1; what it is comes with the first masses.
+    totals = torch.cat([plan.start(-largest), plan.sample_mass.sum(dim=-1, keepdim=True)], dim=-1)
+    totals = sum_over_ranks(totals, group).log()
+    log_mass, log_total = totals[:, :-1], totals[:, -1:]
+    nobody = log_total == -math.inf
+    log_u = strength * (log_wanted - (log_mass + largest - log_total).masked_fill_(nobody, 0))
+    for _ in range(iterations - 1):
+        plan.restart(log_u)
+        log_mass = gather_over_ranks(plan.log_mass(), group).logsumexp(dim=0)
+        # The codes are exp(S/ε + f + g), so that the logsumexp is their mass without f.
+        log_sum = (log_mass - log_total - log_u).masked_fill_(nobody, 0)
+        log_u = strength * (log_wanted - log_sum.masked_fill_(prototype_mass == 0, 0))
+    plan.restart(log_u)
 
 
-class _Block(NamedTuple):
-    """Some samples of problem number ``problem``."""
-
-    problem: int
-    scores: Tensor  # (b, K)
-    entries: Tensor  # (b, K), P
-    sample_mass: Tensor  # (b,), r
-    usable: Tensor  # (b,) bool, whether all scores are finite
-    code_mass: Tensor  # (b,), what the codes must sum to
+def _largest_exponents(plan: Plan, group: ProcessGroup | None) -> Tensor:
+    """Return the largest S/ε (N, K) of each prototype; 0 where nobody is present on any rank."""
+    largest = max_over_ranks(plan.largest_scores(), group)
+    return largest.masked_fill(largest == plan.lowest_score, 0) / plan.epsilon
 
 
-class _Plan:
-    """P = exp(S/ε) of N problems, scaled so that no score takes it out of range.
+def _one_hot(codes: Tensor) -> Tensor:
+    """Round each code to its largest entry, in place. NaN stays NaN, and zeros stay zeros."""
+    largest, nearest = codes.max(dim=-1, keepdim=True)
+    largest = torch.where(largest > 0, 1, largest)
+    return codes.mul_(0).scatter_(-1, nearest, largest)
 
-    With b_j the largest S_ij/ε of prototype j, and a_i the largest exponent that this leaves to
-    sample i, P_ij = exp(S_ij/ε - b_j + log c_j - a_i). The largest entry of each row is 1, and the
-    first v = e^a, which undoes a, leaves an entry of c_j to each column. So the first u and v are
-    finite for any finite scores, at the price of one exponential an entry.
 
-    Each method reads P once, block by block, and all but the last return (N, K) masses of the
-    prototypes, Pᵀ (r * v), of the samples of this process. A sample with a NaN or an infinite score
-    is left out: its mass is 0, and its code NaN, or zeros if it was absent anyway.
+def _refuse_bad_values(
+    scores: Tensor,
+    sample_weight: Tensor | None,
+    prototype_weight: Tensor | None,
+    group: ProcessGroup | None,
+) -> None:
+    """Raise an error on all processes if one has values without a meaning. Waits for the device."""
+    counted, totals, prototype_totals = scores, scores.new_empty(0), scores.new_empty(0)
+    if sample_weight is not None:
+        counted = scores[(sample_weight != 0).expand(scores.shape[:-1])]
+        totals = sample_weight.double().sum(dim=-1).flatten()
+    if prototype_weight is not None:
+        prototype_totals = prototype_weight.double().sum(dim=-1, keepdim=True)
+    breaches = {
+        "sample_weight must be finite and at least 0": _not_masses(sample_weight, scores),
+        "prototype_weight must be finite and at least 0": _not_masses(prototype_weight, scores),
+        "prototype_weight must have a positive sum": prototype_totals[prototype_totals == 0],
+        "scores must be finite in every sample that is present": counted[~counted.isfinite()],
+    }
+    counts = torch.tensor([values.numel() for values in breaches.values()])
+    record = torch.cat([counts.to(scores.device, torch.float64), totals.to(torch.float64)])
+    record = sum_over_ranks(record, group)
+    of_all, totals = record[: len(breaches)].tolist(), record[len(breaches) :]
+    for (expected, values), count in zip(breaches.items(), of_all, strict=True):
+        if count > 0:
+            got = values[0].item() if values.numel() else "another value on another process"
+            raise ValueError(f"{expected}, got {got}")
+    if (totals == 0).any():
+        raise ValueError("sample_weight must have a positive sum, got 0.0")
 
-    Args:
-        scores: (N, B, K).
-        sample_mass: (N, B), in the dtype of all arithmetic; overwritten.
-        weighted: Whether any of these can be 0.
-        epsilon: ε.
-    """
 
-    def __init__(self, scores: Tensor, sample_mass: Tensor, weighted: bool, epsilon: float) -> None:
-        self.weighted = weighted
-        self.epsilon = epsilon
-        self.entries = torch.empty(scores.shape, dtype=sample_mass.dtype, device=scores.device)
-        # In place of scores that must not count: so low that it is the largest of no prototype.
-        low = torch.finfo(sample_mass.dtype).min / 4 * min(epsilon, 1)
-        self.low = sample_mass.new_full((), low)
-        self.sample_mass = sample_mass
-        self.usable = torch.empty_like(sample_mass, dtype=torch.bool)
-        self.code_mass = torch.ones_like(sample_mass)
-        parts = (scores, self.entries, self.sample_mass, self.usable, self.code_mass)
-        number, samples, prototypes = scores.shape
-        rows = samples
-        if scores.device.type == "cpu" and not torch.compiler.is_compiling():
-            rows = min(_SAMPLES_OF_A_BLOCK, _ENTRIES_OF_A_BLOCK // prototypes)
-        self.blocks = [
-            _Block(problem, *(tensor[problem] for tensor in block))
-            for block in zip(*(torch.split(part, max(rows, 1), 1) for part in parts), strict=True)
-            for problem in range(number if samples else 0)
-        ]
-
-    def largest_scores(self) -> Tensor:
-        """Return the largest score of each prototype among the samples that are present."""
-        largest = self._of_prototypes(self.low)
-        for problem, scores, entries, sample_mass, usable, _ in self.blocks:
-            usable.copy_(scores.sum(dim=-1, dtype=entries.dtype).isfinite())
-            torch.where(usable.unsqueeze(-1), scores.to(entries.dtype), self.low, out=entries)
-            present = entries
-            if self.weighted:
-                present = torch.where((sample_mass != 0).unsqueeze(-1), entries, self.low)
-            torch.maximum(largest[problem], present.amax(dim=0), out=largest[problem])
-        absent = self.sample_mass == 0
-        self.code_mass.masked_fill_(~self.usable, torch.nan).masked_fill_(~self.usable & absent, 0)
-        self.sample_mass.masked_fill_(~self.usable, 0)
-        return largest
-
-    def start(self, log_u: Tensor) -> Tensor:
-        """Compute P and v for u = 1."""
-        mass = self._of_prototypes(0)
-        for problem, _, entries, sample_mass, _, _ in self.blocks:
-            torch.add(log_u[problem], entries, alpha=1 / self.epsilon, out=entries)
-            exponent = entries.amax(dim=-1)  # (b,), a; above 0 for absent samples alone
-            entries.sub_(exponent.unsqueeze(-1)).exp_()
-            v = exponent.clamp(max=0).exp()
-            mass[problem] += torch.mv(entries.mT, sample_mass * v)
-        return mass
-
-    def iterate(self, u: Tensor) -> Tensor:
-        """Compute v for the next u."""
-        mass = self._of_prototypes(0)
-        for problem, _, entries, sample_mass, _, _ in self.blocks:
-            v = 1 / torch.mv(entries, u[problem])
-            mass[problem] += torch.mv(entries.mT, sample_mass * v)
-        return mass
-
-    def restart(self, log_u: Tensor) -> Tensor:
-        """Compute P anew with u inside, log_u (N, K), and with v, so that rows sum to 1."""
-        mass = self._of_prototypes(0)
-        for problem, scores, entries, sample_mass, usable, _ in self.blocks:
-            torch.where(usable.unsqueeze(-1), scores.to(entries.dtype), self.low, out=entries)
-            torch.add(log_u[problem], entries, alpha=1 / self.epsilon, out=entries)
-            entries.copy_(entries.softmax(dim=-1))
-            mass[problem] += torch.mv(entries.mT, sample_mass)
-        return mass
-
-    def codes(self, u: Tensor) -> Tensor:
-        """Return diag(v) P diag(u) for the v of the last u. The plan is used up."""
-        for problem, _, entries, _, _, code_mass in self.blocks:
-            v = code_mass / torch.mv(entries, u[problem])
-            entries.mul_(u[problem]).mul_(v.unsqueeze(-1))
-        return self.entries
-
-    def _of_prototypes(self, value: float | Tensor) -> Tensor:
-        number, _, prototypes = self.entries.shape
-        return self.low.new_zeros(number, prototypes) + value
+def _not_masses(weight: Tensor | None, like: Tensor) -> Tensor:
+    if weight is None:
+        return like.new_empty(0)
+    return weight[~((weight >= 0) & weight.isfinite())]

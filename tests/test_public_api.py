@@ -27,10 +27,15 @@ CROPS = (CropGroup(224, 2, (0.14, 1.0)), CropGroup(96, 6, (0.05, 0.14)))
 # that leaves the behaviour as it is; anything else breaks the code of users.
 CALLS = {
     "sinkhorn_knopp": "(scores, *, epsilon=0.05, iterations=3, sample_weight=None, "
-    "prototype_weight=None, process_group=None, synchronize=True)",
+    "prototype_weight=None, process_group=None, synchronize=True, relaxation=inf, tolerance=None, "
+    "hard=False, validate=False)",
+    "marginal_error": "(codes, *, sample_weight=None, prototype_weight=None, process_group=None, "
+    "synchronize=True)",
+    "power_law_prior": "(num_prototypes, exponent=0.25)",
     "swapped_prediction_loss": "(scores, codes, *, temperature=0.1, sample_weight=None)",
     "multi_crop_forward": "(network, crops)",
-    "SinkhornKnopp": "(epsilon=0.05, iterations=3, *, process_group=None, synchronize=True)",
+    "SinkhornKnopp": "(epsilon=0.05, iterations=3, *, process_group=None, synchronize=True, "
+    "relaxation=inf, tolerance=None, hard=False, validate=False)",
     "SinkhornKnopp.forward": "(self, scores, sample_weight=None, prototype_weight=None)",
     "PrototypeLayer": "(feature_dim, num_prototypes, *, gradient='tangent')",
     "PrototypeLayer.forward": "(self, features, *, frozen=None)",

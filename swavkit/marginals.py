@@ -1,0 +1,124 @@
+"""Masses of samples and prototypes: how equally codes use the prototypes, and how they might.
+
+Neither needs Sinkhorn-Knopp; both speak of the marginals that it works towards.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from swavkit import _checks
+from swavkit._distributed import participants, sum_over_ranks
+from swavkit._precision import at_least_float32, autocast_disabled
+
+if TYPE_CHECKING:
+    from swavkit._distributed import ProcessGroup
+
+__all__ = ["marginal_error", "power_law_prior"]
+
+
+def marginal_error(
+    codes: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    prototype_weight: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+    synchronize: bool = True,
+) -> Tensor:
+    r"""Tell how unequally codes use the prototypes.
+
+    With r the masses of the samples and c those that the prototypes should have, in proportion to
+    their sum, it is
+
+    .. math:: \max_j \left| \frac{\sum_i r_i Q_{ij}}{c_j \sum_i r_i} - 1 \right|,
+
+    0 when every prototype has its mass, and K - 1 when one has all of it and was to have 1/K. After
+    three iterations 0.1 to 0.6 is common. With several processes it is that of all their samples
+    together; all processes of the group must make the call.
+
+    Args:
+        codes: (..., B, K) codes of B samples, any real floating dtype. Leading dimensions are
+            independent problems.
+        sample_weight: (..., B) or (B,) multiplicities, bool or floating, at least 0. A sample of
+            weight 0 does not count, whatever its code holds.
+        prototype_weight: (K,) relative masses of the prototypes, at least 0, at any scale; equal
+            masses by default. A prototype of weight 0 has an error of 0 if nothing uses it, else an
+            infinite one.
+        process_group: The processes that share the batch; the default group if ``None``.
+        synchronize: Whether to share the batch with other processes at all.
+
+    Returns:
+        (...) errors in float32, or float64 for float64 codes, without gradient; 0 where no sample
+        counts, NaN where a code that counts is NaN.
+
+    Raises:
+        TypeError: If ``codes`` is no floating tensor or a weight is neither bool nor floating.
+        ValueError: If a shape does not fit, or the calling process is not in ``process_group``.
+
+    Example:
+        >>> marginal_error(torch.eye(3))
+        tensor(0.)
+        >>> marginal_error(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]))
+        tensor(0.5000)
+    """
+    _checks.choice("synchronize", synchronize, (True, False))
+    _checks.of_samples_and_prototypes("codes", codes)
+    _checks.weights(sample_weight, prototype_weight, codes)
+    group = participants(process_group, synchronize)
+
+    with torch.no_grad(), autocast_disabled(codes.device):
+        dtype = at_least_float32(codes.dtype)
+        sample_mass = masses(sample_weight, codes.shape[:-1], codes.device, dtype)  # (..., B), r
+        prototype_mass = masses(prototype_weight, codes.shape[-1:], codes.device, dtype)  # (K,), c
+        present = (sample_mass != 0).unsqueeze(-1)
+        used = (torch.where(present, codes, 0) * sample_mass.unsqueeze(-1)).sum(dim=-2)  # (..., K)
+        both = torch.cat([used, sample_mass.sum(dim=-1, keepdim=True)], dim=-1)
+        both = sum_over_ranks(both, group)
+        used, total = both[..., :-1], both[..., -1:]
+        wanted = prototype_mass / prototype_mass.sum() * total
+        error = (used / wanted - 1).abs()
+        return error.masked_fill((used == 0) & (wanted == 0), 0).amax(dim=-1)
+
+
+def power_law_prior(num_prototypes: int, exponent: float = 0.25) -> Tensor:
+    r"""Return masses of prototypes that fall off by a power law, as ``prototype_weight``.
+
+    .. math:: c_k \propto k^{-\text{exponent}}, \qquad k = 1 \dots K.
+
+    Data that people have not balanced by hand has few large clusters and many small ones, which
+    equal use would tear apart (Assran et al. 2022).
+
+    Args:
+        num_prototypes: The number of prototypes K, at least 1.
+        exponent: How fast the masses fall off, at least 0; equal masses at 0.
+
+    Returns:
+        (K,) float32 masses, which sum to 1, from the largest to the smallest.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> power_law_prior(4, exponent=1.0)
+        tensor([0.4800, 0.2400, 0.1600, 0.1200])
+
+    References:
+        Assran et al., "The Hidden Uniform Cluster Prior in Self-Supervised Learning", ICLR 2023.
+    """
+    num_prototypes = _checks.positive_int("num_prototypes", num_prototypes)
+    exponent = _checks.non_negative_float("exponent", exponent)
+    ranks = torch.arange(1, num_prototypes + 1, dtype=torch.float64)
+    return (-exponent * ranks.log()).softmax(dim=0).float()
+
+
+def masses(
+    weight: Tensor | None, shape: torch.Size, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Return a weight as masses of ``shape``; NaN where it is negative, so that it shows."""
+    if weight is None:
+        return torch.ones(shape, device=device, dtype=dtype)
+    return torch.where(weight < 0, torch.nan, weight.to(dtype)).expand(shape).clone()
