@@ -19,7 +19,7 @@ _SCALINGS_OF_ONE_P = 5
 
 # What the caches of a CPU keep from one operation to the next. An accelerator takes everything at
 # once, and so does a compiler, which fuses the operations.
-_ENTRIES_OF_A_BLOCK = 2**20
+_ENTRIES_OF_A_BLOCK = 2**21
 _SAMPLES_OF_A_BLOCK = 2**12
 
 # torch spreads a batch of products with a vector over the threads of a CPU, and a single one not.

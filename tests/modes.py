@@ -46,3 +46,20 @@ class Collectives(TorchDispatchMode):
             tensors = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
             self.numels.append(sum(tensor.numel() for tensor in tensors))
         return func(*args, **(kwargs or {}))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of entries of the largest tensor of a dtype that an operation returns."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.numel = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == self.dtype:
+            self.numel = max(self.numel, result.numel())
+        return result

@@ -6,8 +6,10 @@ import copy
 import inspect
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,9 +19,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from swavkit import SinkhornKnopp, sinkhorn_knopp
+from swavkit import SinkhornKnopp, _plan, sinkhorn_knopp
 from tests import oracles, tolerances
-from tests.modes import CountingBackend, RefuseSynchronisation
+from tests.modes import CountingBackend, LargestTensor, RefuseSynchronisation
 from tests.strategies import (
     CodesProblem,
     KnownCodes,
@@ -33,7 +35,7 @@ from tests.strategies import (
     separable,
 )
 
-ONE_PLAN, TWO_PLANS = 3, 8  # few iterations, and so many that the plan is computed anew
+ONE_PLAN, TWO_PLANS = 3, 8  # few iterations, and so many that P is computed anew
 BOTH_FORMS = pytest.mark.parametrize("iterations", [ONE_PLAN, TWO_PLANS])
 
 
@@ -72,6 +74,18 @@ def assert_codes(
     )
 
 
+def assert_codes_of_equations(
+    codes: torch.Tensor,
+    scores: torch.Tensor,
+    epsilon: float,
+    iterations: int,
+    largest: float = 1.0,
+) -> None:
+    """Compare codes with the oracle's for the scores as their dtype holds them."""
+    expected = oracles.sinkhorn(scores.double().cpu().numpy(), epsilon, iterations)
+    assert_codes(codes, expected, epsilon=epsilon, largest=largest)
+
+
 def cosines(*shape: int, seed: int = 0) -> torch.Tensor:
     """Return float64 scores in [-1, 1] which float32 holds exactly."""
     return torch.tensor(np.random.default_rng(seed).uniform(-1, 1, shape)).float().double()
@@ -88,10 +102,9 @@ def test_codes_are_those_of_the_equations(
 ) -> None:
     scores = cosines(12, 7, seed=iterations).to(device, dtype)
     codes = sinkhorn_knopp(scores, epsilon=epsilon, iterations=iterations)
-    expected = oracles.sinkhorn(scores.double().cpu().numpy(), epsilon, iterations)
     assert codes.dtype == dtype
     assert codes.device == scores.device
-    assert_codes(codes, expected, epsilon=epsilon)
+    assert_codes_of_equations(codes, scores, epsilon, iterations)
 
 
 @pytest.mark.parametrize("weighted", ["samples", "prototypes", "both"])
@@ -141,8 +154,7 @@ def test_a_large_problem_has_the_codes_of_the_equations(
 ) -> None:
     scores = cosines(512, 300).to(device, dtype)
     codes = sinkhorn_knopp(scores, iterations=iterations)
-    expected = oracles.sinkhorn(scores.double().cpu().numpy(), 0.05, iterations)
-    assert_codes(codes, expected, epsilon=0.05)
+    assert_codes_of_equations(codes, scores, 0.05, iterations)
 
 
 @pytest.mark.parametrize("weights", ["none", "shared", "own"])
@@ -423,8 +435,7 @@ def test_a_far_prototype_and_a_far_sample_do_no_harm(
     scores[7] -= 30
     scores = scores.float().to(device)
     codes = sinkhorn_knopp(scores, epsilon=epsilon, iterations=iterations)
-    expected = oracles.sinkhorn(scores.double().cpu().numpy(), epsilon, iterations)
-    assert_codes(codes, expected, epsilon=epsilon, largest=82)
+    assert_codes_of_equations(codes, scores, epsilon, iterations, largest=82)
 
 
 @pytest.mark.parametrize("constant", [1e4, -1e4])
@@ -434,8 +445,7 @@ def test_large_offsets_cost_no_more_than_the_rounding_of_the_scores(
 ) -> None:
     scores = (cosines(32, 8) + constant).float().to(device)
     codes = sinkhorn_knopp(scores, iterations=iterations)
-    expected = oracles.sinkhorn(scores.double().cpu().numpy(), 0.05, iterations)
-    assert_codes(codes, expected, epsilon=0.05, largest=1e4)
+    assert_codes_of_equations(codes, scores, 0.05, iterations, largest=1e4)
 
 
 @BOTH_FORMS
@@ -444,8 +454,7 @@ def test_large_scores_give_the_codes_of_the_equations(
 ) -> None:
     scores = (1e4 * cosines(32, 8)).float().to(device)
     codes = sinkhorn_knopp(scores, iterations=iterations)
-    expected = oracles.sinkhorn(scores.double().cpu().numpy(), 0.05, iterations)
-    assert_codes(codes, expected, epsilon=0.05, largest=1e4)
+    assert_codes_of_equations(codes, scores, 0.05, iterations, largest=1e4)
 
 
 @pytest.mark.parametrize("iterations", [5, 9])
@@ -463,8 +472,7 @@ def test_all_prototypes_but_one_near_a_single_sample_exhaust_no_range(
     scores += torch.where((torch.arange(4096) == 0)[:, None] ^ (torch.arange(300) == 0), 0.9, -0.9)
     scores = scores.float().to(device)
     codes = sinkhorn_knopp(scores, epsilon=0.01, iterations=iterations)
-    expected = oracles.sinkhorn(scores.double().cpu().numpy(), 0.01, iterations)
-    assert_codes(codes, expected, epsilon=0.01)
+    assert_codes_of_equations(codes, scores, 0.01, iterations)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -474,16 +482,14 @@ def test_sums_over_many_samples_are_not_rounded_to_half_precision(
 ) -> None:
     scores = cosines(4096, 16).to(device, dtype)
     codes = sinkhorn_knopp(scores, iterations=iterations)
-    expected = oracles.sinkhorn(scores.double().cpu().numpy(), 0.05, iterations)
-    assert_codes(codes, expected, epsilon=0.05)
+    assert_codes_of_equations(codes, scores, 0.05, iterations)
 
 
 @BOTH_FORMS
 def test_scores_need_not_be_cosines(device: torch.device, iterations: int) -> None:
     scores = 1.7 * torch.randn(64, 16, device=device)
     codes = sinkhorn_knopp(scores, iterations=iterations)
-    expected = oracles.sinkhorn(scores.double().cpu().numpy(), 0.05, iterations)
-    assert_codes(codes, expected, epsilon=0.05, largest=scores.abs().max().item())
+    assert_codes_of_equations(codes, scores, 0.05, iterations, largest=scores.abs().max().item())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -544,6 +550,66 @@ def test_the_scale_of_weights_exhausts_no_range(
     expected = sinkhorn_knopp(scores, iterations=iterations, **weights)
     codes = sinkhorn_knopp(scores, iterations=iterations, **scaled)
     torch.testing.assert_close(codes, expected, rtol=0, atol=2e-5)
+
+
+# Blocks, of which large problems have many. Small ones get them here.
+
+
+@contextmanager
+def small_blocks() -> Iterator[None]:
+    """Let a block take 4 samples of 5 prototypes, and a product of them 2 parts."""
+    with (
+        patch.object(_plan, "_ENTRIES_OF_A_BLOCK", 20),
+        patch.object(_plan, "_SAMPLES_OF_A_BLOCK", 4),
+        patch.object(_plan, "_PARTS_OF_A_PRODUCT", 2),
+        patch.object(_plan, "_SAMPLES_OF_A_PART", 2),
+    ):
+        yield
+
+
+@pytest.mark.parametrize("relaxation", [math.inf, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", [(1, 5), (4, 5), (11, 5), (3, 10, 5), (6, 30), (2, 9, 1)])
+@pytest.mark.parametrize("dtype", tolerances.DTYPES, ids=str)
+@BOTH_FORMS
+def test_codes_in_many_blocks_are_those_in_one(
+    iterations: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    weighted: bool,
+    relaxation: float,
+) -> None:
+    scores = cosines(*shape).to(dtype)
+    weights = {}
+    if weighted:
+        scores[..., -1, 0] = math.nan
+        masses = torch.arange(math.prod(shape[:-1]), dtype=dtype).view(shape[:-1]) % 4
+        weights = {"sample_weight": masses, "prototype_weight": 1 + torch.arange(shape[-1]).float()}
+    settings = {"iterations": iterations, "relaxation": relaxation, **weights}
+    expected = sinkhorn_knopp(scores, **settings)
+    with small_blocks():
+        codes = sinkhorn_knopp(scores, **settings)
+    # Sums in another order; rounded to half precision they may come to lie a place apart.
+    atol = 2 * tolerances.ATOL[dtype]
+    torch.testing.assert_close(codes, expected, rtol=0, atol=atol, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@BOTH_FORMS
+def test_a_problem_of_several_blocks_has_the_codes_of_the_equations(
+    device: torch.device, iterations: int, dtype: torch.dtype
+) -> None:
+    scores = cosines(5000, 7).to(device, dtype)  # more samples than a block takes
+    assert_codes_of_equations(
+        sinkhorn_knopp(scores, iterations=iterations), scores, 0.05, iterations
+    )
+
+
+def test_half_precision_in_many_blocks_takes_no_matrix_in_float32() -> None:
+    scores = cosines(64, 5).to(torch.bfloat16)
+    with small_blocks(), LargestTensor(torch.float32) as largest:
+        sinkhorn_knopp(scores)
+    assert 0 < largest.numel < scores.numel()
 
 
 # What it leaves alone
