@@ -93,10 +93,10 @@ def sinkhorn_knopp(
     Returns:
         (..., B, K) codes in the dtype of ``scores``, without gradient. Without ``validate`` no
         value is checked: a sample with a NaN or an infinite score gets NaN codes, and the others
-        those that they have without it; a negative or NaN weight makes every code NaN; and where no
-        sample is present, the code of an absent one is softmax(S/ε + log c). S/ε is rounded in
-        float32 (float64 for float64 scores), which limits the accuracy of an entry to about
-        6e-8 · max|S| / ε.
+        those that they have without it; a negative, NaN or infinite weight makes every code NaN;
+        and where no sample is present, the code of an absent one is softmax(S/ε + log c). S/ε is
+        rounded in float32 (float64 for float64 scores), which limits the accuracy of an entry to
+        about 6e-8 · max|S| / ε.
 
     Raises:
         TypeError: If ``scores`` is no floating tensor or a weight is neither bool nor floating.

@@ -508,7 +508,7 @@ def test_a_sample_with_a_score_that_is_not_finite_has_nan_codes_and_is_left_out(
     torch.testing.assert_close(codes[others], alone, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("bad", [-1.0, math.nan])
+@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
 @BOTH_FORMS
 def test_a_weight_that_is_none_gives_nan_codes(iterations: int, bad: float) -> None:
     weight = torch.ones(6)
