@@ -114,11 +114,11 @@ class Plan:
         return largest
 
     def start(self, log_u: Tensor) -> Tensor:
-        """Set ``log_u`` and return the masses (N, K) of exp(S/ε + log_u), as it is, without v.
+        """Return the masses (N, K) of exp(S/ε + log_u), as it is, without v; see :meth:`restart`.
 
         No exponent of a sample that is present may be above 0.
         """
-        self.log_u = log_u
+        self.restart(log_u)
         return self._over_blocks(_mass_without_v, torch.add, 0)
 
     def scale(self, factor: Tensor) -> None:

@@ -306,21 +306,21 @@ def _iterate_relaxed(
     A prototype may end up with less mass than floating point can hold, so masses are logarithms.
     """
     strength = relaxation / (relaxation + plan.epsilon)
-    log_wanted = prototype_mass.log()
     largest = _largest_exponents(plan, group)
     # The equations take the sum of r to be 1; what it is comes with the first masses.
     totals = torch.cat([plan.start(-largest), plan.sample_mass.sum(dim=-1, keepdim=True)], dim=-1)
     totals = sum_over_ranks(totals, group).log()
     log_mass, log_total = totals[:, :-1], totals[:, -1:]
     nobody = log_total == -math.inf
-    log_u = strength * (log_wanted - (log_mass + largest - log_total).masked_fill_(nobody, 0))
-    for _ in range(iterations - 1):
-        plan.restart(log_u)
-        log_mass = gather_over_ranks(plan.log_mass(), group).logsumexp(dim=0)
-        # The codes are exp(S/ε + f + g), so that the logsumexp is their mass without f.
-        log_sum = (log_mass - log_total - log_u).masked_fill_(nobody, 0)
-        log_u = strength * (log_wanted - log_sum.masked_fill_(prototype_mass == 0, 0))
-    plan.restart(log_u)
+    log_sum = log_mass + largest
+    for iteration in range(iterations):
+        if iteration > 0:
+            # The codes are exp(S/ε + f + g), so that the sum is their mass without f.
+            log_mass = gather_over_ranks(plan.log_mass(), group).logsumexp(dim=0)
+            log_sum = log_mass - plan.log_u
+        log_sum = (log_sum - log_total).masked_fill_(nobody, 0)
+        log_u = strength * (prototype_mass.log() - log_sum)
+        plan.restart(log_u.masked_fill_(prototype_mass == 0, -math.inf))
 
 
 def _largest_exponents(plan: Plan, group: ProcessGroup | None) -> Tensor:
