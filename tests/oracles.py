@@ -51,10 +51,59 @@ def sinkhorn(
     return np.exp(log_plan)
 
 
-def marginal_error(codes: np.ndarray) -> float:
-    """Return how far the most or least used prototype is from equal use, relatively."""
-    usage = codes.mean(axis=0) * codes.shape[1]
-    return float(np.abs(usage - 1).max())
+def relaxed_sinkhorn(
+    scores: np.ndarray,
+    epsilon: float,
+    iterations: int,
+    relaxation: float,
+    sample_weight: np.ndarray | None = None,
+    prototype_weight: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return the codes of (B, K) scores with relaxed masses of the prototypes.
+
+    In each iteration every prototype gets a potential f, which is only the part φ = ρ/(ρ+ε) of what
+    would bring its column to its mass; then every sample gets one, g, for its row to sum to 1. A
+    sample of weight 0 is in no column sum. Some sample must be present.
+    """
+    samples, prototypes = scores.shape
+    weight = np.ones(samples) if sample_weight is None else np.asarray(sample_weight, float)
+    mass = np.ones(prototypes) if prototype_weight is None else np.asarray(prototype_weight, float)
+    weight, mass = weight / weight.sum(), mass / mass.sum()
+    part = 1 / (1 + epsilon / relaxation)
+    exponents = np.asarray(scores, np.float64) / epsilon
+    f, g = np.zeros(prototypes), np.zeros(samples)
+    present = weight > 0
+    for _ in range(iterations):
+        for j in range(prototypes):
+            if mass[j] == 0:
+                f[j] = -np.inf
+                continue
+            column = exponents[present, j] + g[present] + np.log(weight[present])
+            f[j] = part * (np.log(mass[j]) - log_sum_exp(column))
+        for i in range(samples):
+            g[i] = -log_sum_exp(exponents[i] + f)
+    return np.exp(exponents + f + g[:, None])
+
+
+def marginal_error(
+    codes: np.ndarray,
+    sample_weight: np.ndarray | None = None,
+    prototype_weight: np.ndarray | None = None,
+) -> float:
+    """Return how far the most or least used prototype is from its mass, relatively."""
+    samples, prototypes = codes.shape
+    weight = np.ones(samples) if sample_weight is None else np.asarray(sample_weight, float)
+    mass = np.ones(prototypes) if prototype_weight is None else np.asarray(prototype_weight, float)
+    present = weight > 0
+    errors = []
+    for j in range(prototypes):
+        used = np.sum(weight[present] * codes[present, j])
+        wanted = mass[j] / mass.sum() * weight.sum()
+        if wanted == 0:
+            errors.append(0.0 if used == 0 else np.inf)
+        else:
+            errors.append(abs(used / wanted - 1))
+    return float(np.max(errors))
 
 
 def loss(

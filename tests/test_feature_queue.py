@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from swavkit import FeatureQueue
 from tests import oracles, tolerances
 from tests.modes import CountingBackend, RefuseSynchronisation
+from tests.states import same, snapshot
 
 KEYS = ["features", "valid", "position", "rejected"]
 
@@ -44,14 +45,6 @@ def filled(samples: int = 3, **to: Any) -> FeatureQueue:
     queue = FeatureQueue(4, 3).to(**to)
     queue.push(torch.randn(2, samples, 3, **to))
     return queue
-
-
-def snapshot(queue: FeatureQueue) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in queue.state_dict().items()}
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 def assert_ring(queue: FeatureQueue, ring: oracles.Ring) -> None:

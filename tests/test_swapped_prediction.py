@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swavkit import SwappedPredictionLoss, swapped_prediction_loss
 from tests import oracles, tolerances
+from tests.bad_input import BAD_SAMPLE_WEIGHTS
 from tests.modes import CountingBackend, RefuseSynchronisation
 from tests.strategies import LossProblem, loss_problems, permutations, reals
 
@@ -639,31 +640,7 @@ BAD_PAIRS = [
         ValueError,
         r"scores must have at least 1 of the prototypes in its last dimension, got shape \(4, 0\)",
     ),
-    (
-        {"sample_weight": torch.ones(5)},
-        ValueError,
-        r"sample_weight must have shape \(4,\), got \(5,\)",
-    ),
-    (
-        {"sample_weight": torch.ones(3, 4)},
-        ValueError,
-        r"sample_weight must have shape \(4,\), got \(3, 4\)",
-    ),
-    (
-        {"sample_weight": torch.ones(4, dtype=torch.int64)},
-        TypeError,
-        r"sample_weight must have a bool or floating-point dtype, got torch\.int64",
-    ),
-    (
-        {"sample_weight": [1.0] * 4},
-        TypeError,
-        r"sample_weight must be a torch\.Tensor, got list",
-    ),
-    (
-        {"sample_weight": torch.ones(4, device="meta")},
-        ValueError,
-        "sample_weight must be on device cpu, got meta",
-    ),
+    *BAD_SAMPLE_WEIGHTS,
 ]
 
 

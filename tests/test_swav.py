@@ -26,7 +26,9 @@ from swavkit import (
     SwAVLoss,
 )
 from tests import oracles, tolerances
+from tests.bad_input import BAD_SAMPLE_WEIGHTS
 from tests.modes import RefuseSynchronisation
+from tests.states import same, snapshot
 
 CHECKPOINT = Path(__file__).resolve().parent / "data" / "swav_loss_v1.pt"
 DIMENSION, PROTOTYPES = 6, 5
@@ -43,14 +45,6 @@ def features_of(
 ) -> Tensor:
     options = {"dtype": torch.float64} | options
     return torch.randn(views, samples, DIMENSION, device=device, **options)
-
-
-def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in module.state_dict().items()}
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 def gradients(loss: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
@@ -798,27 +792,7 @@ BAD_INPUTS = [
         ValueError,
         "features must be on device cpu, got meta",
     ),
-    (
-        {"sample_weight": torch.ones(3)},
-        ValueError,
-        r"sample_weight must have shape \(4,\), got \(3,\)",
-    ),
-    (
-        {"sample_weight": torch.ones(3, 4)},
-        ValueError,
-        r"sample_weight must have shape \(4,\), got \(3, 4\)",
-    ),
-    (
-        {"sample_weight": torch.ones(4, dtype=torch.int64)},
-        TypeError,
-        r"sample_weight must have a bool or floating-point dtype, got torch\.int64",
-    ),
-    ({"sample_weight": [1.0] * 4}, TypeError, r"sample_weight must be .*Tensor, got list"),
-    (
-        {"sample_weight": torch.ones(4, device="meta")},
-        ValueError,
-        "sample_weight must be on device cpu, got meta",
-    ),
+    *BAD_SAMPLE_WEIGHTS,
 ]
 
 
