@@ -343,10 +343,11 @@ def _refuse_bad_values(
     group: ProcessGroup | None,
 ) -> None:
     """Raise an error on all processes if one has values without a meaning. Waits for the device."""
-    counted, totals, prototype_totals = scores, scores.new_empty(0), scores.new_empty(0)
+    counted, prototype_totals = scores, scores.new_empty(0)
+    totals = scores.new_ones(scores.shape[:-2], dtype=torch.float64)
     if sample_weight is not None:
         counted = scores[(sample_weight != 0).expand(scores.shape[:-1])]
-        totals = sample_weight.double().sum(dim=-1).flatten()
+        totals = totals * sample_weight.double().sum(dim=-1)
     if prototype_weight is not None:
         prototype_totals = prototype_weight.double().sum(dim=-1, keepdim=True)
     breaches = {
@@ -356,7 +357,7 @@ def _refuse_bad_values(
         "scores must be finite in every sample that is present": counted[~counted.isfinite()],
     }
     counts = torch.tensor([values.numel() for values in breaches.values()])
-    record = torch.cat([counts.to(scores.device, torch.float64), totals.to(torch.float64)])
+    record = torch.cat([counts.to(totals), totals.flatten()])
     record = sum_over_ranks(record, group)
     of_all, totals = record[: len(breaches)].tolist(), record[len(breaches) :]
     for (expected, values), count in zip(breaches.items(), of_all, strict=True):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class RefuseSynchronisation(TorchDispatchMode):
@@ -43,8 +44,7 @@ class Collectives(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func.namespace in ("c10d", "_c10d_functional"):
-            tensors = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
-            self.numels.append(sum(tensor.numel() for tensor in tensors))
+            self.numels.append(sum(tensor.numel() for tensor in tree_leaves(args[0])))
         return func(*args, **(kwargs or {}))
 
 

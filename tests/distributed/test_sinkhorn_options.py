@@ -318,7 +318,7 @@ BAD_VALUES = [
     ),
 ]
 EVERYWHERE = pytest.mark.parametrize(
-    "options", [{}, {"relaxation": 0.2}, {"tolerance": 0.1}, {"hard": True}], ids=str
+    "options", [{}, {"tolerance": 0.1}, {"relaxation": 0.2, "hard": True}], ids=str
 )
 
 
@@ -379,6 +379,10 @@ GOOD_PARTS = {
     ],
     "weights on some ranks": [
         {"scores": cosines(rank, 4, 5)} | ({"sample_weight": np.ones(4)} if rank == 1 else {})
+        for rank in range(3)
+    ],
+    "weights of all problems and of each": [
+        {"scores": cosines(rank, 2, 4, 5), "sample_weight": np.ones((4,) if rank == 1 else (2, 4))}
         for rank in range(3)
     ],
     "nan in an absent sample": [
