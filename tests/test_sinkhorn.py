@@ -569,7 +569,9 @@ def small_blocks() -> Iterator[None]:
 
 @pytest.mark.parametrize("relaxation", [math.inf, 0.1])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("shape", [(1, 5), (4, 5), (11, 5), (3, 10, 5), (6, 30), (2, 9, 1)])
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 2), (1, 5), (4, 5), (11, 5), (3, 10, 5), (6, 30), (2, 9, 1)]
+)
 @pytest.mark.parametrize("dtype", tolerances.DTYPES, ids=str)
 @BOTH_FORMS
 def test_codes_in_many_blocks_are_those_in_one(
