@@ -6,14 +6,19 @@ import argparse
 import importlib.util
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bench_loss, bench_sinkhorn
-from benchmarks.harness import environment, measure
+from benchmarks import bench_loss, bench_sinkhorn, kernels
+from benchmarks.harness import Suite, environment, measure
 
 SUITES = {module.SUITE.name: module.SUITE for module in (bench_sinkhorn, bench_loss)}
-HEADER = ("contender", "median", "quartiles", "× swavkit", "quartiles", "extra memory", "error")
+KERNELS = "kernels"  # is counted, not timed
+NAMES = [*SUITES, KERNELS]
+HEADER = (
+    "contender", "rounds", "median", "quartiles", "× swavkit", "quartiles", "extra memory", "error"
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -22,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Verify swavkit against float64, then time it beside the published algorithm.",
     )
     parser.add_argument(
-        "suites", nargs="*", metavar="SUITE", help=f"any of {', '.join(SUITES)}; all by default"
+        "suites", nargs="*", metavar="SUITE", help=f"any of {', '.join(NAMES)}; all by default"
     )
     parser.add_argument("--quick", action="store_true", help="one tiny problem each, in seconds")
     parser.add_argument(
@@ -34,31 +39,66 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     for name in options.suites:
-        if name not in SUITES:
-            parser.error(f"SUITE must be any of {', '.join(SUITES)}, got {name!r}")
+        if name not in NAMES:
+            parser.error(f"SUITE must be any of {', '.join(NAMES)}, got {name!r}")
 
     report: dict[str, Any] = {"environment": environment(), "quick": options.quick, "results": []}
-    for name in options.suites or SUITES:
-        suite = SUITES[name]
-        suite.check_reference()
-        for problem in (suite.quick,) if options.quick else suite.cases:
-            rows = measure(suite, problem, seconds=0.2 if options.quick else 8)
-            print(f"{name}: {problem}, {len(rows[0]['samples'])} rounds", table(rows), sep="\n")
-            report["results"] += [{"title": f"{name}: {problem}", **row} for row in rows]
+    for name in options.suites or NAMES:
+        if name == KERNELS:
+            report[KERNELS] = count()
+        else:
+            report["results"] += run(SUITES[name], quick=options.quick)
 
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "benchmarks.json"
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
-    if importlib.util.find_spec("matplotlib"):
+    if report["results"] and importlib.util.find_spec("matplotlib"):
         from benchmarks.plots import plot
 
         plot(report["results"], options.output / "benchmarks.png")
 
 
+def run(suite: Suite, *, quick: bool) -> list[dict[str, Any]]:
+    """Print what a suite measures, and return it as rows of plain values."""
+    for package in suite.missing():
+        print(f"{suite.name}: {package} is not installed, and is left out")
+    suite.check_reference()
+    results: list[dict[str, Any]] = []
+    for problem in (suite.quick,) if quick else suite.cases:
+        title = f"{suite.name}: {problem}"
+        rows = measure(suite, problem, seconds=0.1 if quick else 4)
+        print(title, table(rows), sep="\n")
+        results += [{"title": title, **row} for row in rows]
+    return results
+
+
+def count() -> dict[str, Any]:
+    """Print how many kernels a call launches, and return it as plain values."""
+    device = kernels.default_device()
+    found = kernels.counts(device)
+    title = f"{KERNELS}: {kernels.ITERATIONS} iterations, {kernels.unit(device)}"
+    print(title, table_of_counts(found), sep="\n")
+    return {"unit": kernels.unit(device), "counts": [asdict(one) for one in found]}
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Align the rows of one problem; times in milliseconds, memory in MB, ratios to our time."""
-    cells = [HEADER, *map(_cells, rows)]
+    return _aligned([HEADER, *map(_cells, rows)])
+
+
+def table_of_counts(counts: list[kernels.Count]) -> str:
+    """Align the counts: a line for each contender, a column for each number of problems."""
+    numbers = sorted({one.problems for one in counts})
+    launches = {(one.contender, one.problems): f"{one.launches}" for one in counts}
+    header = ("contender", *(f"N = {number}" for number in numbers))
+    names = dict.fromkeys(one.contender for one in counts)
+    return _aligned(
+        [header, *((name, *(launches[name, number] for number in numbers)) for name in names)]
+    )
+
+
+def _aligned(cells: list[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
@@ -76,6 +116,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         megabytes = f"{memory / 1e6:,.0f} MB" if memory >= 1e6 else "< 1 MB"
     return (
         row["contender"],
+        f"{len(row['samples'])}",
         f"{time['median'] * 1e3:,.2f} ms",
         f"{time['lower_quartile'] * 1e3:,.2f}–{time['upper_quartile'] * 1e3:,.2f}",
         f"{ratio['median']:.2f}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import multiprocessing
 import os
 import platform
@@ -22,7 +23,7 @@ import swavkit
 
 Calls = Mapping[str, Callable[[], object]]
 
-OURS = "swavkit"  # every suite has a contender of this name
+OURS = "swavkit"  # the first contender of every suite
 PEAK_RESET = Path("/proc/self/clear_refs")  # writing 5 resets the peak of a process's memory
 _M_MMAP_THRESHOLD = -3  # of glibc: from which size on memory is given back as soon as it is freed
 
@@ -43,6 +44,7 @@ class Suite:
             of the tests.
         errors: Takes a problem and its calls; returns the error of each contender that gives an
             answer.
+        missing: Returns the packages that are not installed and would have been compared.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Suite:
     prepare: Callable[[Any], Calls]
     check_reference: Callable[[], None]
     errors: Callable[[Any, Calls], dict[str, float]]
+    missing: Callable[[], list[str]] = list
 
 
 def measure(suite: Suite, problem: Any, *, seconds: float) -> list[dict[str, Any]]:
@@ -67,7 +70,8 @@ def measure(suite: Suite, problem: Any, *, seconds: float) -> list[dict[str, Any
             f"{OURS} must be within {problem.tolerance:g} of the reference on {problem}, "
             f"got {errors[OURS]:g}"
         )
-    samples = time_interleaved(calls, seconds=seconds)
+    rounds = time_interleaved(calls, seconds=seconds)
+    samples = {name: list(durations.values()) for name, durations in rounds.items()}
     return [
         {
             "suite": suite.name,
@@ -77,7 +81,7 @@ def measure(suite: Suite, problem: Any, *, seconds: float) -> list[dict[str, Any
             "tolerance": problem.tolerance,
             "wrong": name in errors and not errors[name] <= problem.tolerance,
             "seconds": summary(samples[name]),
-            "ratio": summary(paired_ratios(samples[name], samples[OURS])),
+            "ratio": summary(paired_ratios(rounds[name], rounds[OURS])),
             "samples": samples[name],
             "extra_memory": extra_memory(suite.prepare, problem, name),
         }
@@ -92,32 +96,41 @@ def time_interleaved(
     least: int = 5,
     most: int = 200,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:
+) -> dict[str, dict[int, float]]:
     """Time the calls in turn, so that whatever disturbs the machine disturbs all of them.
 
-    Rounds are made until ``seconds`` have passed, at least ``least`` and at most ``most`` of them;
-    a different call begins each round. Two rounds before that warm up.
+    Each call is timed for about ``seconds``, at least ``least`` and at most ``most`` times. The
+    first one takes part in every round; a slower one in one of two, of three, and so on, so that it
+    does not cost the others their repetitions. A different call begins each round. Two rounds
+    before that warm up. Returned is, for each call, its time in each of its rounds.
     """
-    for _ in range(2):
-        for call in calls.values():
-            call()
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+
+    def timed(name: str) -> float:
+        begin = clock()
+        calls[name]()
+        return clock() - begin
+
     order = list(calls)
-    started = clock()
-    for finished in range(most):
-        if finished >= least and clock() - started >= seconds:
-            break
+    for _ in range(2):
+        first_times = {name: timed(name) for name in order}
+    wanted = {
+        name: min(max(least, int(seconds / duration)), most)
+        for name, duration in first_times.items()
+    }
+    rounds = wanted[order[0]]
+    every = {name: max(1, rounds // number) for name, number in wanted.items()}
+    samples: dict[str, dict[int, float]] = {name: {} for name in calls}
+    for number in range(rounds):
         for name in order:
-            begin = clock()
-            calls[name]()
-            samples[name].append(clock() - begin)
+            if number % every[name] == 0:
+                samples[name][number] = timed(name)
         order.append(order.pop(0))
     return samples
 
 
-def paired_ratios(samples: list[float], baseline: list[float]) -> list[float]:
+def paired_ratios(samples: Mapping[int, float], baseline: Mapping[int, float]) -> list[float]:
     """Divide round by round, so that a slow minute of the machine cancels."""
-    return [ours / theirs for ours, theirs in zip(samples, baseline, strict=True)]
+    return [duration / baseline[number] for number, duration in samples.items()]
 
 
 def summary(samples: list[float]) -> dict[str, float]:
@@ -164,6 +177,7 @@ def environment() -> dict[str, Any]:
         "swavkit": swavkit.__version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
+        **{name: _version(name) for name in ("POT", "geomloss")},
         "python": platform.python_version(),
         "system": platform.system(),
         "machine": platform.machine(),
@@ -173,6 +187,13 @@ def environment() -> dict[str, Any]:
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
         "load_at_start": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench_loss, bench_sinkhorn, harness
-from benchmarks.__main__ import table
+from benchmarks import bench_loss, bench_sinkhorn, harness, kernels, peers
+from benchmarks.__main__ import main, table
 from benchmarks.published import published_codes, published_loss, published_step
 from tests import oracles
 
@@ -54,28 +53,50 @@ def test_published_step_normalises_the_prototypes_in_place() -> None:
     torch.testing.assert_close(longer, weight)
 
 
+class Clock:
+    """A clock that only calls move."""
+
+    def __init__(self, **durations: float) -> None:
+        self.durations = durations
+        self.now = 0.0
+        self.made: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def calls(self) -> harness.Calls:
+        return {name: lambda name=name: self.work(name) for name in self.durations}
+
+    def work(self, name: str) -> None:
+        self.made.append(name)
+        self.now += self.durations[name]
+
+
 def test_calls_are_timed_in_turn_and_each_begins_a_round() -> None:
-    ticks = itertools.count()
-    made: list[str] = []
-    calls = {name: lambda name=name: made.append(name) for name in "abc"}
-    samples = harness.time_interleaved(calls, seconds=0, least=3, clock=lambda: float(next(ticks)))
-    assert "".join(made) == "abcabc" + "abcbcacab"
-    assert samples == {name: [1.0] * 3 for name in "abc"}
+    clock = Clock(a=1.0, b=2.0, c=0.5)
+    samples = harness.time_interleaved(clock.calls(), seconds=0, least=3, clock=clock)
+    assert "".join(clock.made) == "abcabc" + "abcbcacab"
+    assert samples == {name: dict.fromkeys(range(3), clock.durations[name]) for name in "abc"}
 
 
 def test_rounds_end_with_the_time_or_at_most() -> None:
-    ticks = itertools.count()
-    calls = {"a": lambda: None}
-
     def rounds(seconds: float) -> int:
-        samples = harness.time_interleaved(
-            calls, seconds=seconds, most=20, clock=lambda: float(next(ticks))
+        clock = Clock(a=1.0)
+        return len(
+            harness.time_interleaved(clock.calls(), seconds=seconds, most=20, clock=clock)["a"]
         )
-        return len(samples["a"])
 
     assert rounds(0) == 5
-    assert 5 < rounds(24) < 20
+    assert rounds(12) == 12
     assert rounds(1e6) == 20
+
+
+def test_a_slow_call_rests_in_most_rounds() -> None:
+    clock = Clock(ours=1.0, slower=3.0, slowest=100.0)
+    samples = harness.time_interleaved(clock.calls(), seconds=60, clock=clock)
+    assert list(samples["ours"]) == list(range(60))
+    assert list(samples["slower"]) == list(range(0, 60, 3))
+    assert list(samples["slowest"]) == list(range(0, 60, 12))
 
 
 def test_summary_is_the_median_and_the_quartiles() -> None:
@@ -87,7 +108,8 @@ def test_summary_is_the_median_and_the_quartiles() -> None:
 
 
 def test_ratios_are_taken_round_by_round() -> None:
-    assert harness.paired_ratios([2.0, 20.0, 6.0], [1.0, 10.0, 3.0]) == [2.0] * 3
+    baseline = {0: 1.0, 1: 10.0, 2: 3.0, 3: 5.0}
+    assert harness.paired_ratios({0: 2.0, 1: 20.0, 3: 10.0}, baseline) == [2.0] * 3
 
 
 @dataclass(frozen=True)
@@ -118,6 +140,7 @@ def test_another_contender_s_wrong_answer_stands_in_its_row() -> None:
         "swavkit": False,
         "published": True,
         "published, float32 inside": False,
+        "floor": False,
     }
     assert "wrong" in table(rows).splitlines()[2]
 
@@ -142,6 +165,79 @@ def test_a_wrong_gradient_is_an_error() -> None:
         assert errors["swavkit"] < problem.tolerance < errors["published"]
 
 
+def test_each_problem_has_codes_of_its_own() -> None:
+    problem = replace(bench_sinkhorn.SUITE.quick, problems=2)
+    one, other = problem.scores()
+    assert not torch.equal(one, other)
+    errors = bench_sinkhorn.errors(problem, bench_sinkhorn.prepare(problem))
+    assert errors.pop("geomloss, annealed", 1) > problem.tolerance
+    assert max(errors.values()) <= problem.tolerance
+
+
+@pytest.mark.parametrize("method", ["sinkhorn", "sinkhorn_log"])
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+def test_pot_s_iterations_are_those_of_the_equations(iterations: int, method: str) -> None:
+    pytest.importorskip("ot")
+    scores = random_scores(2, 7, 4)
+    codes = peers.pot_codes(-scores, 0.05, iterations, method=method)
+    for view, code in zip(scores, codes, strict=True):
+        expected = oracles.sinkhorn(view.numpy(), 0.05, iterations)
+        np.testing.assert_allclose(code.numpy(), expected, rtol=1e-9, atol=1e-15)
+
+
+def test_geomloss_converges_to_the_plan_of_the_equations() -> None:
+    pytest.importorskip("geomloss")
+    scores = random_scores(2, 7, 4)
+    expected = [oracles.sinkhorn(view.numpy(), 0.2, 400) for view in scores]
+
+    def error(codes: torch.Tensor) -> float:
+        return float(np.abs(codes.numpy() - expected).max())
+
+    assert error(peers.geomloss_converged(-scores, 0.2, 400)) < 1e-5
+    error_of = {n: error(peers.geomloss_codes(-scores, 0.2, n)) for n in (3, 300, 600)}
+    assert error_of[3] > 0.05
+    assert error_of[300] < 0.01
+    assert error_of[600] < 0.6 * error_of[300]
+
+
+def test_a_missing_peer_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(peers.MODULES, "POT", "no_such_module")
+    monkeypatch.setitem(peers.MODULES, "geomloss", "no_such_module")
+    assert bench_sinkhorn.SUITE.missing() == ["POT", "geomloss"]
+    problem = bench_sinkhorn.SUITE.quick
+    assert list(bench_sinkhorn.prepare(problem)) == ["swavkit", "published", "floor"]
+
+
+def test_an_operation_counts_unless_it_is_a_view_or_memory_without_values() -> None:
+    scores = torch.zeros(2, 5, 3, device="meta")
+    assert kernels.operations(lambda: torch.exp(scores / 0.05)) == 2
+    assert kernels.operations(lambda: scores[0].mT.flatten(0, 0).view(-1, 1, 5)) == 0
+    assert kernels.operations(lambda: torch.empty_like(scores).unbind()) == 0
+    into = torch.empty_like(scores)
+    assert kernels.operations(lambda: torch.mul(scores, 2, out=into).add_(1)) == 2
+    assert kernels.operations(lambda: scores.max(dim=-1)) == 1
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_kernels_are_counted_without_copies_and_fills() -> None:
+    scores = torch.zeros(5, 3, device="cuda")
+    assert kernels.kernels(lambda: torch.exp(scores / 0.05)) == 2
+    assert kernels.kernels(lambda: scores.cpu()) == 0
+    assert kernels.unit(kernels.default_device()).startswith("kernels on ")
+
+
+def test_launches_are_counted_on_the_path_of_an_accelerator() -> None:
+    meta = torch.device("meta")
+    found = {(one.contender, one.problems): one.launches for one in kernels.counts(meta)}
+    # exp and its quotient, one sum of all, twice three an iteration, and the last product
+    assert found["published", 1] == 2 + 2 + 6 * kernels.ITERATIONS + 1
+    assert found["published", 2] == 2 * found["published", 1]
+    plain, weighted = found["swavkit", 1], found["swavkit, weighted samples", 1]
+    assert 0 < plain <= found["swavkit", 2] < 2 * plain
+    assert plain <= weighted <= found["swavkit, both weighted", 1]
+
+
 def test_the_quick_run_reports_what_it_measured(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "--quick", "--output", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -154,18 +250,25 @@ def test_the_quick_run_reports_what_it_measured(tmp_path: Path) -> None:
     assert report["environment"]["threads"] == 1
     assert report["environment"]["torch"] == torch.__version__
     assert {row["suite"] for row in report["results"]} == {"sinkhorn", "loss"}
+    for package in peers.missing():
+        assert f"sinkhorn: {package} is not installed, and is left out" in run.stdout
     for row in report["results"]:
         assert row["contender"] in run.stdout
-        assert row["error"] is None or 0 <= row["error"] < row["tolerance"]
-        assert row["wrong"] is False
+        other_iterations = row["contender"] == "geomloss, annealed"
+        assert row["wrong"] is other_iterations
+        if not other_iterations:
+            assert row["error"] is None or 0 <= row["error"] < row["tolerance"]
         assert row["seconds"] == harness.summary(row["samples"])
         assert len(row["samples"]) >= 5
         if row["contender"] == "swavkit":
             assert set(row["ratio"].values()) == {1.0}
+    for count in report["kernels"]["counts"]:
+        assert count["contender"] in run.stdout
+        assert f" {count['launches']}" in run.stdout
 
 
-def test_an_unknown_suite_is_one_line() -> None:
-    command = [sys.executable, "-m", "benchmarks", "sinkhorm"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2
-    assert "SUITE must be any of sinkhorn, loss, got 'sinkhorm'" in run.stderr
+def test_an_unknown_suite_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["sinkhorm"])
+    message = "SUITE must be any of sinkhorn, loss, kernels, got 'sinkhorm'"
+    assert message in capsys.readouterr().err

@@ -1,0 +1,113 @@
+"""How many kernels a call makes an accelerator launch, or so many operations where there is none.
+
+A small problem takes as long as its launches. They are counted with the profiler on a CUDA device.
+Elsewhere the ``meta`` device takes the path of an accelerator, without values: there the operations
+are counted that compute something, each of which launches one kernel or more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.bench_sinkhorn import ITERATIONS
+from benchmarks.published import published_codes
+from swavkit import sinkhorn_knopp
+
+SAMPLES, PROTOTYPES = 256, 3000
+
+
+@dataclass(frozen=True)
+class Count:
+    """Of one contender, for 3 iterations on N problems at once."""
+
+    contender: str
+    problems: int
+    launches: int
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "meta")
+
+
+def unit(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"kernels on {torch.cuda.get_device_name(device)}"
+    return "operations on the meta device"
+
+
+def counts(device: torch.device) -> list[Count]:
+    """Count for every contender, for one problem and for two."""
+    launches = kernels if device.type == "cuda" else operations
+    return [
+        Count(name, problems, launches(call))
+        for problems in (1, 2)
+        for name, call in contenders(problems, device).items()
+    ]
+
+
+def contenders(problems: int, device: torch.device) -> dict[str, Callable[[], object]]:
+    scores = torch.zeros(problems, SAMPLES, PROTOTYPES, device=device)
+    of_samples = {"sample_weight": torch.ones(problems, SAMPLES, device=device)}
+    of_both = of_samples | {"prototype_weight": torch.ones(PROTOTYPES, device=device)}
+    return {
+        "swavkit": lambda: sinkhorn_knopp(scores, iterations=ITERATIONS),
+        "swavkit, weighted samples": lambda: sinkhorn_knopp(
+            scores, iterations=ITERATIONS, **of_samples
+        ),
+        "swavkit, both weighted": lambda: sinkhorn_knopp(scores, iterations=ITERATIONS, **of_both),
+        "published": lambda: [published_codes(view, iterations=ITERATIONS) for view in scores],
+    }
+
+
+def kernels(call: Callable[[], object]) -> int:
+    """Count the kernels that one call launches on a CUDA device, without copies and fills."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()  # the first one loads libraries and chooses kernels
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        call()
+        torch.cuda.synchronize()
+    return sum(
+        event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.name.startswith(("Memcpy", "Memset"))
+        for event in recorded.events()
+    )
+
+
+def operations(call: Callable[[], object]) -> int:
+    """Count the operations of one call that compute something, on whatever device."""
+    with _Operations() as recorded:
+        call()
+    return recorded.number
+
+
+class _Operations(TorchDispatchMode):
+    """Counts what gives a tensor, but for views and memory without values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        free = func.is_view or func.overloadpacket in _FREE
+        self.number += isinstance(result, (torch.Tensor, tuple, list)) and not free
+        return result
+
+
+_FREE = {
+    torch.ops.aten._unsafe_view,
+    torch.ops.aten.empty,
+    torch.ops.aten.empty_like,
+    torch.ops.aten.empty_strided,
+    torch.ops.aten.new_empty,
+    torch.ops.aten.new_empty_strided,
+}
