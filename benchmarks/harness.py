@@ -111,11 +111,10 @@ def time_interleaved(
         return clock() - begin
 
     order = list(calls)
-    for _ in range(2):
-        first_times = {name: timed(name) for name in order}
+    warm_up = [{name: timed(name) for name in order} for _ in range(2)]
     wanted = {
-        name: min(max(least, int(seconds / duration)), most)
-        for name, duration in first_times.items()
+        name: min(max(least, int(seconds / min(times[name] for times in warm_up))), most)
+        for name in order
     }
     rounds = wanted[order[0]]
     every = {name: max(1, rounds // number) for name, number in wanted.items()}

@@ -27,6 +27,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     ]
     bars = of_time.barh(range(len(rows)), medians, xerr=spread, color=colours)
     of_time.bar_label(bars, ["wrong answer" * row["wrong"] for row in rows], padding=4)
+    of_time.set_xscale("log")
     of_time.set_xlabel("time / swavkit's, median and quartiles")
     of_time.set_yticks(range(len(rows)), labels)
     of_time.invert_yaxis()
@@ -48,6 +49,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for axes in (of_time, of_memory):
         axes.axvline(1, color="black", linewidth=0.8)
     for number, contender in enumerate(contenders):
-        of_time.barh([0], [0], color=f"C{number}", label=contender)
-    figure.legend(loc="outside upper center", ncols=len(contenders))
+        of_memory.barh([0], [0], color=f"C{number}", label=contender)
+    figure.legend(loc="outside upper center", ncols=min(len(contenders), 5))
     figure.savefig(path, dpi=120)
