@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The ranges of u and v can grow by up to B·K with each scaling. For so many scalings they stay
-# inside that of float32 at any B·K that fits in memory; then P is computed anew.
+# The ranges of u and v can grow with each scaling, by up to B·K if all masses are equal. For so
+# many scalings they stay inside that of float32 at any B·K that fits in memory; then P is computed
+# anew. Masses that differ let them grow by as much more: then P is new each time.
 _SCALINGS_OF_ONE_P = 5
 
 # What the caches of a CPU keep from one operation to the next. An accelerator takes everything at
@@ -56,11 +57,18 @@ class Plan:
         scores: (N, B, K).
         sample_mass: (N, B), in the dtype of all arithmetic; overwritten.
         weighted: Whether any of these may be 0.
+        graded: Whether masses of samples or of prototypes may differ in another way than that.
         epsilon: ε.
     """
 
     def __init__(
-        self, scores: Tensor, sample_mass: Tensor, *, weighted: bool, epsilon: float
+        self,
+        scores: Tensor,
+        sample_mass: Tensor,
+        *,
+        weighted: bool,
+        graded: bool,
+        epsilon: float,
     ) -> None:
         self.epsilon = epsilon
         self.weighted = weighted
@@ -80,6 +88,7 @@ class Plan:
         apart = codes.dtype != sample_mass.dtype  # P needs memory of its own
         parts = _parts(scores)
         self.keeps_entries = len(parts) == 1 or not apart
+        self.scalings_of_one_p = 1 if graded or not self.keeps_entries else _SCALINGS_OF_ONE_P
         if len(parts) == 1:
             entries = torch.empty_like(codes, dtype=sample_mass.dtype) if apart else codes
             of_samples = (sample_mass, absence, self.code_mass)
@@ -125,7 +134,7 @@ class Plan:
         """Multiply u by ``factor`` (N, K)."""
         self.u = factor if self.u is None else self.u * factor
         self.scalings += 1
-        if self.scalings == _SCALINGS_OF_ONE_P or not self.keeps_entries:
+        if self.scalings == self.scalings_of_one_p:
             self.restart(self.log_u + self.u.log())
 
     def restart(self, log_u: Tensor) -> None:

@@ -135,6 +135,10 @@ def sinkhorn_knopp(
             problems,
             sample_mass.view(problems.shape[:-1]),
             weighted=sample_weight is not None,
+            graded=any(
+                weight is not None and weight.is_floating_point()
+                for weight in (sample_weight, prototype_weight)
+            ),
             epsilon=epsilon,
         )
         if relaxation == math.inf:

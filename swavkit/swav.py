@@ -198,8 +198,8 @@ class SwAVLoss(nn.Module):
         samples = scores.shape[1]
         recent = self.prototypes(self.queue.features).to(scores.dtype)
         takes_part = self.queue.valid & (self.steps >= self.queue_start)
-        present = scores.new_ones(samples) if sample_weight is None else sample_weight
-        weight = torch.cat([present.to(scores.dtype), takes_part.to(scores.dtype)])
+        present = takes_part.new_ones(samples) if sample_weight is None else sample_weight
+        weight = torch.cat([present, takes_part.to(present.dtype)])
         together: Tensor = self.sinkhorn(torch.cat([scores, recent], dim=1), weight)
         return together[:, :samples]
 

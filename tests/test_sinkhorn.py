@@ -362,7 +362,7 @@ def test_bool_weights_are_weights_of_one_and_zero(
     expected = solve(
         problem, sample_weight=present.astype(float), prototype_weight=used.astype(float)
     )
-    np.testing.assert_array_equal(codes, expected)
+    assert_codes(codes, expected, epsilon=problem.epsilon)
 
 
 @given(codes_problems(), st.data())

@@ -175,7 +175,7 @@ def corners(*, coarse: bool) -> list[tuple[torch.dtype, float, float, str]]:
 def test_codes_are_those_of_the_equations_at_every_corner(
     device: torch.device, dtype: torch.dtype, epsilon: float, scale: float, far: str
 ) -> None:
-    for shape in [(1, 9), (40, 7), (7, 40)]:
+    for shape in [(40, 7), (7, 40)]:
         scores = torch.tensor(uniform(*shape, scale=scale, far=far)).to(device, dtype)
         largest = scores.abs().max().item()
         for iterations, log_codes in log_codes_after(ITERATIONS, in_float64(scores), epsilon):
@@ -257,6 +257,49 @@ def test_all_prototypes_but_one_near_a_single_sample_for_up_to_a_hundred_iterati
             held = torch.tensor(scores).to(device, dtype)
             codes = sinkhorn_knopp(held, epsilon=0.01, iterations=iterations)
             assert_codes(codes, expected, epsilon=0.01, largest=1, case=(dtype, iterations))
+
+
+@pytest.mark.parametrize(
+    ("scores", "epsilon", "sample_weight", "prototype_weight"),
+    [
+        ([[-1, 1], [1, -1]], 0.01, [2.0**30, 1], [1, 1]),
+        (
+            [[-0.875, 0.875, 1.125, 0.875], [1.125, -1, -1.125, -1.125]],
+            0.01,
+            [1, 2.0**20],
+            [2.0**10, 2.0**20, 1, 1],
+        ),
+        (
+            [[-0.875, 1.125, 0.875], [0.875, -1.125, -1], [1, -1, -1.125]],
+            0.02,
+            [1, 2.0**24, 1],
+            [2.0**12, 1, 2.0**24],
+        ),
+    ],
+    ids=["two by two", "two by four", "three by three"],
+)
+@DTYPES
+def test_weights_of_very_different_sizes_exhaust_no_range(
+    device: torch.device,
+    dtype: torch.dtype,
+    scores: list[list[float]],
+    epsilon: float,
+    sample_weight: list[float],
+    prototype_weight: list[float],
+) -> None:
+    """The ranges of u and v grow faster than by B·K in an iteration if weights differ by more."""
+    held = torch.tensor(scores, dtype=dtype, device=device)
+    weights = {"sample_weight": sample_weight, "prototype_weight": prototype_weight}
+    steps = log_codes_after(range(1, 21), in_float64(held), epsilon, **weights)
+    for iterations, log_codes in steps:
+        codes = sinkhorn_knopp(
+            held,
+            epsilon=epsilon,
+            iterations=iterations,
+            sample_weight=torch.tensor(sample_weight, device=device),
+            prototype_weight=torch.tensor(prototype_weight, device=device).float(),
+        )
+        assert_codes(codes, np.exp(log_codes), epsilon=epsilon, largest=1.125, case=iterations)
 
 
 @DTYPES
@@ -419,7 +462,7 @@ def test_the_laws_hold_at_every_corner(
     device: torch.device, dtype: torch.dtype, epsilon: float, scale: float, law: Law
 ) -> None:
     step = scale / 8
-    for iterations, shape in itertools.product((1, 5, 6, 30), [(11, 5), (5, 11)]):
+    for iterations, shape in itertools.product((1, 6, 12), [(11, 5), (5, 11)]):
         solve = solver(device, dtype, epsilon, iterations)
         codes, expected = law(solve, grid(*shape, step=step), step)
         assert_codes(
@@ -551,7 +594,7 @@ logarithms_of_epsilon = st.floats(-3, 1)
 any_iterations = st.integers(1, 100)
 
 
-@settings(max_examples=200)
+@settings(max_examples=150)
 @given(st.data(), st.sampled_from(tolerances.DTYPES), logarithms_of_epsilon, any_iterations)
 def test_any_problem_at_any_corner_has_the_codes_of_the_equations(
     data: st.DataObject, dtype: torch.dtype, logarithm: float, iterations: int
@@ -649,12 +692,12 @@ def test_codes_become_the_best_assignment_as_epsilon_vanishes(
     optimum = (held * best).sum(axis=(-1, -2))
     gaps = []
     for epsilon in (1, 1 / 4, 1 / 16, 1 / 64):
-        codes = in_float64(sinkhorn_knopp(scores, epsilon=epsilon, iterations=1000))
+        codes = in_float64(sinkhorn_knopp(scores, epsilon=epsilon, iterations=600))
         gaps.append(optimum - (codes * held).sum(axis=(-1, -2)))
         # Q maximises Tr(QᵀS) + ε H(Q) for the masses that its columns have; where these are not yet
         # 1, the best value without entropy differs by at most max|S| times the difference.
         difference = np.abs(codes.sum(axis=-2) - 1).sum(axis=-1)
-        assert difference.max() < 0.02
+        assert difference.max() < 0.05
         rounding = size * tolerances.of_codes(dtype, epsilon=epsilon, largest=np.abs(held).max())
         slack = np.abs(held).max(axis=(-1, -2)) * (difference + rounding)
         assert (gaps[-1] >= -slack).all()
@@ -690,7 +733,7 @@ def test_the_value_of_the_codes_approaches_that_of_the_linear_program(seed: int)
         codes = sinkhorn_knopp(
             torch.tensor(scores),
             epsilon=epsilon,
-            iterations=3000,
+            iterations=2000,
             sample_weight=torch.tensor(sample_mass),
             prototype_weight=torch.tensor(prototype_mass),
         )
