@@ -86,6 +86,19 @@ def assert_codes_of_equations(
     assert_codes(codes, expected, epsilon=epsilon, largest=largest)
 
 
+def assert_compiles_once(sinkhorn: SinkhornKnopp, device: torch.device) -> None:
+    """Compare the codes with those of the compiled module, one graph for changing values."""
+    backend = CountingBackend()
+    compiled = torch.compile(sinkhorn, fullgraph=True, backend=backend)
+    for seed in range(3):
+        scores = cosines(2, 6, 4, seed=seed).to(device)
+        weight = torch.arange(6, device=device) > seed  # as a queue fills
+        torch.testing.assert_close(
+            compiled(scores, weight), sinkhorn(scores, weight), rtol=0, atol=1e-12
+        )
+    assert backend.graphs == 1
+
+
 def cosines(*shape: int, seed: int = 0) -> torch.Tensor:
     """Return float64 scores in [-1, 1] which float32 holds exactly."""
     return torch.tensor(np.random.default_rng(seed).uniform(-1, 1, shape)).float().double()
@@ -718,16 +731,7 @@ def test_shapes_and_dtypes_are_known_without_values(
 
 @BOTH_FORMS
 def test_compiles_once_for_changing_values(device: torch.device, iterations: int) -> None:
-    backend = CountingBackend()
-    sinkhorn = SinkhornKnopp(iterations=iterations)
-    compiled = torch.compile(sinkhorn, fullgraph=True, backend=backend)
-    for seed in range(3):
-        scores = cosines(2, 6, 4, seed=seed).to(device)
-        weight = torch.arange(6, device=device) > seed  # as a queue fills
-        torch.testing.assert_close(
-            compiled(scores, weight), sinkhorn(scores, weight), rtol=0, atol=1e-12
-        )
-    assert backend.graphs == 1
+    assert_compiles_once(SinkhornKnopp(iterations=iterations), device)
 
 
 def test_the_function_compiles_and_needs_no_backward(device: torch.device) -> None:
