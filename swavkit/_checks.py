@@ -77,6 +77,12 @@ def non_negative_int(name: str, value: Any) -> int:
     return _int_from(name, value, 0)
 
 
+def boolean(name: str, value: Any) -> None:
+    """Refuse a ``value`` that is neither ``True`` nor ``False``."""
+    if value is not True and value is not False:
+        choice(name, value, (True, False))
+
+
 def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     """Refuse a ``value`` that is not one of ``allowed``."""
     if not any(type(value) is type(option) and value == option for option in allowed):
