@@ -298,9 +298,7 @@ def _iterate(
         if iteration > 0:
             sums = sum_over_ranks(plan.sums(), group)
             mass = sums * plan.u
-            if (
-                iteration == 1
-            ):  # the total mass shows, which the first u may ignore, as v follows it
+            if iteration == 1:  # v follows any factor of u, so the first u need not know the total
                 wanted = prototype_mass * mass.sum(dim=-1, keepdim=True)
             if tolerance is not None and _near(mass, wanted, tolerance):
                 break
