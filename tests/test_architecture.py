@@ -83,7 +83,11 @@ def test_components_know_no_other_but_a_default_step_and_masses() -> None:
         for other in permitted(file)
         if not other.startswith("_")
     }
-    assert between == {("multicrop", "photometric"), ("sinkhorn", "marginals")}
+    assert between == {
+        ("multicrop", "photometric"),
+        ("sinkhorn", "marginals"),
+        ("checkpoints", "feature_queue"),
+    }
 
 
 @EACH_FILE

@@ -44,7 +44,7 @@ CALLS = {
     "PrototypeLayer.reset_parameters": "(self)",
     "SwappedPredictionLoss": "(temperature=0.1)",
     "SwappedPredictionLoss.forward": "(self, scores, codes, sample_weight=None)",
-    "FeatureQueue": "(length, feature_dim, num_views=2)",
+    "FeatureQueue": "(length, feature_dim, num_views=2, *, dtype=None)",
     "FeatureQueue.push": "(self, features, *, valid=None)",
     "FeatureQueue.__len__": "(self)",
     "FeatureQueue.__bool__": "(self)",
@@ -61,12 +61,14 @@ CALLS = {
     "process_group=None, synchronize=True)",
     "SwAVLoss.forward": "(self, features, *, sample_weight=None, return_details=False)",
     "SwAVDetails": "(codes, scores)",
+    "sharded_state_dict": "(module, *, checkpoint=None, process_group=None)",
+    "load_sharded_state_dict": "(module, state_dict, *, strict=True, process_group=None)",
 }
 # What a class offers beyond the members of nn.Module and the fields of a dataclass.
 MEMBERS = {
     "SinkhornKnopp": {"process_group"},
     "PrototypeLayer": {"directions", "normalize_", "assign", "reset_parameters"},
-    "FeatureQueue": {"push"},
+    "FeatureQueue": {"push", "age"},
 }
 CLASSES = [name for name in swavkit.__all__ if isinstance(getattr(swavkit, name), type)]
 
