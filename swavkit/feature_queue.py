@@ -148,7 +148,7 @@ class FeatureQueue(nn.Module):
         """Return the settings for ``repr``."""
         shown = f"length={self.length}, feature_dim={self.feature_dim}, num_views={self.num_views}"
         dtype = self.features.dtype
-        return shown if dtype == torch.float32 else f"{shown}, dtype={dtype}"
+        return f"{shown}, dtype={dtype}" if dtype.itemsize < 4 else shown
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureQueue:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -391,7 +391,10 @@ def test_an_empty_batch_gives_zero_connected_to_the_graph(
     assert to_features.shape == features.shape
     assert not to_weight.any()
     after = snapshot(criterion)
-    assert {key for key in before if not torch.equal(before[key], after[key])} == {"steps"}
+    assert {key for key in before if not torch.equal(before[key], after[key])} == {
+        "steps",
+        *(["queue.pushes"] if queue_length else []),
+    }
 
 
 @pytest.mark.parametrize("weighted", [False, True])
