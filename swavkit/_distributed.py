@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup as ProcessGroup  # for the annotations of others
+if TYPE_CHECKING:  # for the annotations of others
+    from torch.distributed import ProcessGroup as ProcessGroup
+    from torch.distributed.checkpoint.storage import StorageReader as StorageReader
 
 
 class GroupHandle:
@@ -133,7 +134,9 @@ def own_row(values: Tensor, group: ProcessGroup | None) -> Tensor | None:
     return values.to_local()[0] if isinstance(values, DTensor) else None
 
 
-def saved_tensors(checkpoint: Any) -> dict[str, tuple[torch.Size, torch.dtype]]:
+def saved_tensors(
+    checkpoint: str | os.PathLike[str] | StorageReader,
+) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Return the shape and dtype of each tensor in a ``torch.distributed.checkpoint``.
 
     Args:

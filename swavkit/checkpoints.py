@@ -13,7 +13,7 @@ from swavkit._distributed import own_row, participants, rank_and_size, saved_ten
 from swavkit.feature_queue import FeatureQueue
 
 if TYPE_CHECKING:
-    from swavkit._distributed import ProcessGroup
+    from swavkit._distributed import ProcessGroup, StorageReader
 
 __all__ = ["load_sharded_state_dict", "sharded_state_dict"]
 
@@ -21,7 +21,7 @@ __all__ = ["load_sharded_state_dict", "sharded_state_dict"]
 def sharded_state_dict(
     module: nn.Module,
     *,
-    checkpoint: str | os.PathLike[str] | Any = None,
+    checkpoint: str | os.PathLike[str] | StorageReader | None = None,
     process_group: ProcessGroup | None = None,
 ) -> dict[str, Any]:
     """Return ``module.state_dict()`` with the queues of all processes, one shard each.

@@ -111,11 +111,10 @@ class FeatureQueue(nn.Module):
             _checks.mask("valid", valid, views[0].shape[:1], views[0])
 
         new = torch.stack([view.detach() for view in views]).to(self.features.dtype)
-        finite = new.isfinite().all(dim=-1).all(dim=0)  # (B,)
-        offered = torch.ones_like(finite) if valid is None else valid
-        self.rejected.add_((offered & ~finite).sum())
-        keep = offered & finite
-        new = new.masked_fill(~keep.unsqueeze(-1), 0)
+        finite = new.abs().amax(dim=(0, 2)) < torch.inf  # (B,), false for NaN
+        keep = finite if valid is None else finite & valid
+        self.rejected.add_((~finite if valid is None else valid & ~finite).sum())
+        new.masked_fill_(~keep.unsqueeze(-1), 0)
 
         samples = new.shape[1]
         written = min(samples, self.length)

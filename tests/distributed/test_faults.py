@@ -176,7 +176,7 @@ def codes_in_a_mesh(rank: int, scores: np.ndarray) -> dict[str, Any]:
     groups = {
         "one dimension": mesh.get_group("data"),
         "a submesh": mesh["data"].get_group(),
-        "both": mesh["data", "tensor"]._flatten("all").get_group(),
+        "both": dist.new_group(mesh.mesh.flatten().tolist()),
         "default": None,
     }
     for name, group in groups.items():
