@@ -16,6 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from swavkit import FeatureQueue, PrototypeLayer
 from tests import oracles, tolerances
@@ -441,10 +443,38 @@ def test_no_value_is_read_on_the_host(device: torch.device) -> None:
             len(queue)  # as the documentation says
 
 
+class NewTensors(TorchDispatchMode):
+    """Adds up the entries of all tensors that operations make, in place ones aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func._schema.is_mutable:
+            self.numel += sum(leaf.numel() for leaf in tree_leaves(result))
+        return result
+
+
+def test_what_a_push_makes_grows_with_the_batch_and_not_with_the_length() -> None:
+    def made(length: int, samples: int) -> int:
+        queue, features = FeatureQueue(length, 3), torch.randn(2, samples, 3)
+        with NewTensors() as new:
+            queue.push(features)
+        return new.numel
+
+    assert made(10_000, 5) == made(10, 5) < 1_000
+    assert made(10_000, 5_000) > 500 * made(10_000, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("samples", [2, 6])
-def test_pushes_compile_once(device: torch.device, samples: int) -> None:
+def test_pushes_compile_once(device: torch.device, samples: int, dtype: torch.dtype) -> None:
     backend = CountingBackend()
-    queue, eager = FeatureQueue(4, 3).to(device), FeatureQueue(4, 3).to(device)
+    queue, eager = (FeatureQueue(4, 3, dtype=dtype).to(device) for _ in range(2))
     compiled = torch.compile(queue.push, fullgraph=True, backend=backend)
     for batch in batches_of(device, *[samples] * 5):
         compiled(batch)
