@@ -23,7 +23,7 @@ from tests.ranks import RankError, Ranks
 pytestmark = pytest.mark.distributed
 
 TIMEOUT = 4.0  # of the group, in seconds
-PATIENCE = 2.0  # beyond it
+PATIENCE = 10.0  # beyond it, on a busy machine
 CPU = torch.device("cpu")
 
 
@@ -99,7 +99,7 @@ def test_steps_before_the_death_have_their_answers(doomed: Ranks) -> None:
 def hang_on_rank_1(rank: int) -> tuple[str, float] | None:
     dist.barrier()
     if rank == 1:
-        time.sleep(TIMEOUT + PATIENCE)
+        time.sleep(TIMEOUT + 2)
         return None
     return outcome_of(CALLS["codes"], rank)
 
