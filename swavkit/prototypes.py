@@ -85,6 +85,10 @@ class PrototypeLayer(nn.Module):
         Returns:
             (..., K) scores in [-1, 1] up to rounding.
         """
+        return F.linear(*self._factors(features, frozen))
+
+    def _factors(self, features: Tensor, frozen: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return unit rows (..., D) and (K, D), in one dtype, whose product the scores are."""
         _checks.floating_tensor("features", features)
         _checks.last_dimension("features", features, self.feature_dim, "features")
         _checks.same_device("features", features, self.weight)
@@ -94,7 +98,7 @@ class PrototypeLayer(nn.Module):
             weight = torch.where(frozen, weight.detach(), weight)
         directions = unit_rows(weight, differentiate_norm=self.gradient == "tangent")
         dtype = torch.promote_types(features.dtype, weight.dtype)
-        return F.linear(unit_rows(features).to(dtype), directions.to(dtype))
+        return unit_rows(features).to(dtype), directions.to(dtype)
 
     @property
     def directions(self) -> Tensor:

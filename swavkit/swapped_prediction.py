@@ -38,8 +38,8 @@ __all__ = ["SwappedPredictionLoss", "swapped_prediction_loss"]
 # once, and so does a compiler, which fuses the operations.
 _ENTRIES_OF_A_BLOCK = 2**20
 
-# A residual is of the order of its largest entry down to 1/K of it. This brings 1/K into the range of
-# float16 for every K that fits in memory, and leaves room for codes that sum to hundreds.
+# The entries of a residual are of the order of 1 down to that of 1/K. This brings 1/K into the
+# range of float16 for every K that fits in memory, and leaves room for codes that sum to hundreds.
 _SCALE_IN_FLOAT16 = 256.0
 
 
@@ -89,14 +89,17 @@ def swapped_prediction_loss(
         _checks.weight("sample_weight", sample_weight, (samples,), score_views[0])
 
     given = [scores] if isinstance(scores, Tensor) else score_views
+    terms = score_views, code_views, temperature, sample_weight
     if not (torch.is_grad_enabled() and any(part.requires_grad for part in given)):
-        return _loss_and_factor(score_views, None, code_views, temperature, sample_weight)[0]
+        return _loss_and_factor(None, *terms)[0]
     residuals = [torch.empty_like(part) for part in given]
-    residual_views = list(residuals[0]) if isinstance(scores, Tensor) else residuals
     loss, factor = _loss_and_factor(
-        score_views, residual_views, code_views, temperature, sample_weight
+        list(residuals[0]) if isinstance(scores, Tensor) else residuals, *terms
     )
-    return _LossOfScores.apply(loss, factor, *residuals, *given)  # type: ignore[no-any-return]
+    attached: Tensor = _LossOfScores.apply(  # type: ignore[no-untyped-call]
+        loss, factor, *residuals, *given
+    )
+    return attached
 
 
 class SwappedPredictionLoss(nn.Module):
@@ -148,7 +151,7 @@ def loss_of_factors(
     *,
     temperature: float,
     sample_weight: Tensor | None,
-    residual: Tensor,
+    residual: Tensor | None,
 ) -> Tensor:
     """Return the loss of ``scores`` as a function of the factors whose product they are.
 
@@ -163,14 +166,19 @@ def loss_of_factors(
         codes: (A, B, K).
         temperature: τ.
         sample_weight: (B,), or ``None``. The ``features`` of a sample of weight 0 must be finite.
-        residual: (V, B, K), of the dtype of the scores, overwritten; it may be ``scores`` itself.
+        residual: (V, B, K) memory in the dtype of the scores, to be overwritten; it may be that of
+            ``scores`` itself. New memory if ``None``.
     """
-    loss, factor = _loss_and_factor(
-        list(scores), list(residual), list(codes), temperature, sample_weight
-    )
-    return _LossOfFactors.apply(  # type: ignore[no-any-return]
+    terms = list(scores), list(codes), temperature, sample_weight
+    if not (torch.is_grad_enabled() and (features.requires_grad or directions.requires_grad)):
+        return _loss_and_factor(None, *terms)[0]
+    if residual is None:
+        residual = torch.empty_like(scores)
+    loss, factor = _loss_and_factor(list(residual), *terms)
+    attached: Tensor = _LossOfFactors.apply(  # type: ignore[no-untyped-call]
         loss, factor, residual, features, directions
     )
+    return attached
 
 
 def prediction_error(
@@ -193,10 +201,12 @@ def prediction_error(
     """
     largest = scores.amax(dim=-1, keepdim=True).to(target.dtype)
     shift = largest / -temperature
-    in_place = residual is not None and residual.dtype == target.dtype
-    logits = residual if in_place else torch.empty_like(target)
+    if residual is not None and residual.dtype == target.dtype:
+        logits = residual
+    else:
+        logits = torch.empty_like(target)
     torch.add(shift, scores, alpha=1 / temperature, out=logits)  # at most 0, but for rounding
-    agreement = torch.linalg.vecdot(target, logits)
+    agreement: Tensor = torch.linalg.vecdot(target, logits)
     predictions = torch.softmax(logits, dim=-1, out=logits)
     # The softmax has divided exp(logits) by their sum: the largest of both tells by what.
     log_sum = torch.add(shift, largest, alpha=1 / temperature).squeeze(-1)
@@ -208,8 +218,8 @@ def prediction_error(
 
 
 def _loss_and_factor(
-    scores: list[Tensor],
     residuals: list[Tensor] | None,
+    scores: list[Tensor],
     codes: list[Tensor],
     temperature: float,
     sample_weight: Tensor | None,
@@ -227,12 +237,12 @@ def _loss_and_factor(
         for rows in _blocks(scores[0]):
             some = [code[rows].to(dtype) for code in codes]
             of_all = reduce(torch.add, some)
-            of_all = of_all, of_all.sum(dim=-1)
+            mass_of_all = of_all.sum(dim=-1)
             for view, view_scores in enumerate(scores):
                 residual = None if residuals is None else residuals[view][rows]
                 others = some[:view] + some[view + 1 :]
                 if view >= len(codes):
-                    target, mass = of_all
+                    target, mass = of_all, mass_of_all
                 elif others:
                     target = reduce(torch.add, others)
                     mass = target.sum(dim=-1)
@@ -246,7 +256,7 @@ def _loss_and_factor(
                 if absent is not None and residual is not None:
                     residual.masked_fill_(absent[rows].unsqueeze(-1), 0)
 
-        if sample_weight is None:
+        if sample_weight is None or absent is None:
             share = torch.full_like(errors, 1 / max(samples, 1))
         else:
             errors = errors.masked_fill(absent, 0)
@@ -296,7 +306,7 @@ class _LossOfScores(torch.autograd.Function):
 
 
 class _LossOfFactors(torch.autograd.Function):
-    """A loss that is known together with its gradient, which goes on to the factors of the scores."""
+    """A loss that is known together with its gradient, passed on to the factors of the scores."""
 
     @staticmethod
     def forward(
