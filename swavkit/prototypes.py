@@ -21,6 +21,11 @@ class PrototypeLayer(nn.Module):
     of the stored weight. The published procedure renormalises the weight in place before each step
     instead, which breaks when a forward runs twice before a backward and is lost under sharding.
 
+    The stored norms change no score, but they set the pace: a row of twice the norm turns half as
+    far in a step. To keep them at 1, as the authors do, add one line behind the optimizer::
+
+        optimizer.register_step_post_hook(lambda *_: prototypes.normalize_())
+
     Args:
         feature_dim: D, the number of features, at least 1.
         num_prototypes: K, the number of prototypes, at least 1.
@@ -73,6 +78,36 @@ class PrototypeLayer(nn.Module):
         nn.init.normal_(self.weight)
         self.normalize_()
 
+    @torch.no_grad()
+    def initialize_(self, features: Tensor, *, generator: torch.Generator | None = None) -> None:
+        """Let the prototypes start where features are, in place; before the first step.
+
+        Wrap the layer in ``DistributedDataParallel`` afterwards, which hands the prototypes of rank
+        0 to all processes, or pass the same features and random state on each.
+
+        Args:
+            features: (K, D) centres, one for each prototype and taken in this order; or (..., D)
+                features of more than K samples, of which K different ones are drawn. Of any norm.
+                Those without a direction, zeros or with a NaN or infinite entry, are passed over;
+                if too few others are left, the remaining prototypes stay as they are.
+            generator: Where the draw comes from, on the device of ``features``; by default torch's
+                global one.
+        """
+        self._check(features)
+        rows = features.detach().flatten(0, -2) if features.dim() > 1 else features[None]
+        if len(rows) < self.num_prototypes:
+            raise ValueError(
+                f"features must hold at least {self.num_prototypes} samples, one for each "
+                f"prototype, got {len(rows)}"
+            )
+        usable = rows.isfinite().all(dim=-1) & (rows != 0).any(dim=-1)
+        if len(rows) > self.num_prototypes:
+            order = torch.rand(len(rows), generator=generator, device=rows.device)
+            chosen = order.masked_fill_(~usable, -1).topk(self.num_prototypes).indices
+            rows, usable = rows.index_select(0, chosen), usable.index_select(0, chosen)
+        directions = unit_rows(rows).to(self.weight.dtype)
+        self.weight.copy_(torch.where(usable.unsqueeze(-1), directions, self.weight))
+
     def forward(self, features: Tensor, *, frozen: Tensor | None = None) -> Tensor:
         """Return the cosines of ``features`` with the prototypes.
 
@@ -89,9 +124,7 @@ class PrototypeLayer(nn.Module):
 
     def _factors(self, features: Tensor, frozen: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return unit rows (..., D) and (K, D), in one dtype, whose product the scores are."""
-        _checks.floating_tensor("features", features)
-        _checks.last_dimension("features", features, self.feature_dim, "features")
-        _checks.same_device("features", features, self.weight)
+        self._check(features)
         weight: Tensor = self.weight
         if frozen is not None:
             # Not a gradient times 0: that would make NaN of an infinite one.
@@ -114,6 +147,11 @@ class PrototypeLayer(nn.Module):
     def assign(self, features: Tensor) -> Tensor:
         """Return the index of the nearest prototype of each feature, (...,) int64."""
         return self(features).argmax(dim=-1)  # type: ignore[no-any-return]
+
+    def _check(self, features: Tensor) -> None:
+        _checks.floating_tensor("features", features)
+        _checks.last_dimension("features", features, self.feature_dim, "features")
+        _checks.same_device("features", features, self.weight)
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
@@ -144,4 +182,5 @@ def unit_rows(rows: Tensor, *, differentiate_norm: bool = True) -> Tensor:
     norm = torch.linalg.vector_norm(
         scaled if differentiate_norm else scaled.detach(), dim=-1, keepdim=True
     )
-    return scaled / torch.where(norm == 0, torch.inf, norm)  # so the gradient of a zero row is 0
+    # Of a zero row, the gradient is 0 too. The product has a shorter backward than the quotient.
+    return scaled * torch.where(norm == 0, torch.inf, norm).reciprocal()
