@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -175,12 +175,47 @@ def unit_rows(rows: Tensor, *, differentiate_norm: bool = True) -> Tensor:
         (..., D) unit rows in float32, or float64 for float64 input.
     """
     rows = rows.to(at_least_float32(rows.dtype))
+    if rows.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        unit: Tensor = _UnitRows.apply(rows, differentiate_norm)[0]  # type: ignore[no-untyped-call]
+        return unit
+    return _unit_rows(rows, differentiate_norm)[0]
+
+
+def _unit_rows(rows: Tensor, differentiate_norm: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the unit rows, and the two divisors (..., 1) of which they are the quotient."""
     # Scaled by its largest entry first, so that no square over- or underflows. The scale is a
     # constant: it cancels in the result.
     largest = rows.detach().abs().amax(dim=-1, keepdim=True)
-    scaled = rows / torch.where(largest == 0, 1, largest)
+    largest = torch.where(largest == 0, 1, largest)
+    scaled = rows / largest
     norm = torch.linalg.vector_norm(
         scaled if differentiate_norm else scaled.detach(), dim=-1, keepdim=True
     )
-    # Of a zero row, the gradient is 0 too. The product has a shorter backward than the quotient.
-    return scaled * torch.where(norm == 0, torch.inf, norm).reciprocal()
+    norm = torch.where(norm == 0, torch.inf, norm)  # so the gradient of a zero row is 0
+    return scaled / norm, norm, largest
+
+
+class _UnitRows(torch.autograd.Function):
+    """What autograd makes of :func:`_unit_rows`, in fewer operations."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor, differentiate_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return _unit_rows(rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        rows, ctx.differentiate_norm = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(rows, *output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+        rows, unit, norm, largest = ctx.saved_tensors
+        if ctx.differentiate_norm:
+            if torch.is_grad_enabled():  # for a second derivative
+                unit, norm, largest = _unit_rows(rows)
+            along = torch.linalg.vecdot(gradient, unit).unsqueeze(-1)
+            gradient = torch.addcmul(gradient, along, unit, value=-1)
+        return gradient / norm / largest, None

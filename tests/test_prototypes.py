@@ -199,6 +199,23 @@ def test_the_tangent_gradient_is_that_of_the_value() -> None:
 
     weight = (2 * torch.randn(3, 4, dtype=torch.float64)).requires_grad_()
     assert torch.autograd.gradcheck(scores, (features, weight))
+    assert torch.autograd.gradgradcheck(scores, (features, weight))
+
+
+@GRADIENTS
+def test_derivatives_of_any_order_and_kind_agree(gradient: str) -> None:
+    layer = layer_of(2 * torch.randn(3, 4, dtype=torch.float64), gradient=gradient)
+    weight = layer.weight.detach().clone()
+    features = torch.randn(5, 4, dtype=torch.float64)
+
+    def loss(weight: Tensor, features: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"weight": weight}, features).sin().sum()
+
+    layer(features).sin().sum().backward()
+    found = torch.func.grad(loss)(weight, features)
+    torch.testing.assert_close(found, layer.weight.grad, rtol=0, atol=1e-12)
+    of_samples = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weight, features)
+    torch.testing.assert_close(of_samples.sum(dim=0), found, rtol=0, atol=1e-12)
 
 
 def test_the_published_gradient_takes_the_norm_as_a_constant(device: torch.device) -> None:
@@ -435,7 +452,7 @@ def test_of_more_features_different_ones_are_drawn(
 @pytest.mark.parametrize("samples", [5, 8])
 def test_features_without_a_direction_make_no_prototype(device: torch.device, samples: int) -> None:
     layer = PrototypeLayer(4, 5).to(device)
-    start = layer.directions
+    start = layer.weight.detach().clone()
     features = torch.randn(samples, 4, device=device)
     features[0], features[2, 1], features[3, 3] = 0, math.nan, math.inf
     with RefuseSynchronisation():
