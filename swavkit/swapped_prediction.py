@@ -73,6 +73,8 @@ def swapped_prediction_loss(
         TypeError: If ``scores`` or ``codes`` are no floating tensors, or ``sample_weight`` is
             neither bool nor floating.
         ValueError: If the temperature is out of range or a shape or device does not fit.
+        RuntimeError: In a backward pass with ``create_graph=True``: the gradient is computed along
+            with the loss, and has no derivative. ``torch.func.grad`` makes such a pass.
 
     Example:
         >>> scores = torch.zeros(3, 4, 10)  # 3 views, 4 samples, 10 prototypes

@@ -82,6 +82,7 @@ class SwAVLoss(nn.Module):
     Raises:
         TypeError: If a setting or an input is of the wrong type.
         ValueError: If a setting is out of range or a shape or device does not fit.
+        RuntimeError: In a backward pass with ``create_graph=True``: there is no second derivative.
 
     Example:
         >>> criterion = SwAVLoss(feature_dim=16, num_prototypes=10)
@@ -288,7 +289,8 @@ class SwAVLoss(nn.Module):
 def _is_plainly(part: nn.Module, kind: type[nn.Module]) -> bool:
     """Tell whether a part is what it was made as, and nothing is hooked onto it."""
     return type(part) is kind and not (
-        part._forward_hooks
+        "forward" in vars(part)
+        or part._forward_hooks
         or part._forward_pre_hooks
         or part._backward_hooks
         or part._backward_pre_hooks

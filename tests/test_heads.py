@@ -237,6 +237,15 @@ def test_a_loss_of_a_user_s_own_is_called(device: torch.device) -> None:
     assert_close(replaced.loss.scores, plain.prototypes(features))
 
 
+def test_a_forward_put_onto_a_part_is_called(device: torch.device) -> None:
+    plain = SwAVLoss(DIMENSION, 5).to(device).double()
+    patched = copy.deepcopy(plain)
+    of_class = patched.loss.forward
+    patched.loss.forward = lambda *inputs: 2 * of_class(*inputs)
+    features = features_of(device=device)
+    assert_close(patched(features), 2 * plain(features))
+
+
 def test_prototypes_of_a_user_s_own_are_called(device: torch.device) -> None:
     class Doubling(PrototypeLayer):
         def forward(self, features: Tensor, *, frozen: Tensor | None = None) -> Tensor:
