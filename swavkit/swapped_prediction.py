@@ -163,8 +163,8 @@ def loss_of_factors(
     Args:
         features: (V, B, D), floating.
         directions: (K, D), floating.
-        scores: (V, B, K), their product, without gradient; float32 or better, or bfloat16. The
-            residual in float16 could overflow in a sum over many samples.
+        scores: (V, B, K), their product, without gradient; float32 or better, or bfloat16. In
+            float16 the features times their factor would underflow.
         codes: (A, B, K).
         temperature: τ.
         sample_weight: (B,), or ``None``. The ``features`` of a sample of weight 0 must be finite.

@@ -250,7 +250,8 @@ class SwAVLoss(nn.Module):
             scores = scores.masked_fill(around, torch.nan)
         constant = scores.detach()
         codes = self._codes(head, constant[: self.num_code_views], sample_weight)
-        if unobserved and scores.dtype != torch.float16:  # whose range would not do
+        # Features times their factor would leave the range of float16 in a batch of thousands.
+        if unobserved and scores.dtype != torch.float16:
             loss = loss_of_factors(
                 *factors,
                 constant,
