@@ -1,10 +1,26 @@
-"""Optimizers that torch does not have."""
+"""The optimizers that must leave frozen prototypes where they are, and one that does not."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.3, momentum=0.9, weight_decay=1e-3)
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=0.01)
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
+
+
+def adam_with_coupled_decay(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=0.01, weight_decay=0.1)
 
 
 class Lars(torch.optim.Optimizer):

@@ -19,7 +19,7 @@ from torch import Tensor
 from swavkit import PrototypeLayer
 from tests import oracles, tolerances
 from tests.modes import CountingBackend, RefuseSynchronisation
-from tests.optimizers import Lars
+from tests.optimizers import Lars, adam, adam_with_coupled_decay, adamw, sgd
 from tests.strategies import reals
 
 ANY_DTYPE = pytest.mark.parametrize("dtype", tolerances.DTYPES, ids=str)
@@ -312,22 +312,6 @@ def test_not_frozen_is_as_if_nothing_was_said(device: torch.device, gradient: st
     (found,) = torch.autograd.grad(layer(features, frozen=frozen).sin().sum(), layer.weight)
     assert expected.any()
     assert torch.equal(found, expected)
-
-
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.3, momentum=0.9, weight_decay=1e-3)
-
-
-def adam(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, lr=0.01)
-
-
-def adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
-
-
-def adam_with_coupled_decay(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, lr=0.01, weight_decay=0.1)
 
 
 @pytest.mark.parametrize(

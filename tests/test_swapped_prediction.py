@@ -311,6 +311,33 @@ def test_blocks_of_rows_have_the_loss_and_the_gradient_of_the_whole(
     assert_same(found[0].item(), oracles.loss(problem.scores, problem.codes, 0.1, weight))
 
 
+@pytest.mark.parametrize("mass", [0.0, 1.0, 3.0])
+@ANY_DTYPE
+def test_the_error_of_some_samples_of_one_view_and_what_is_left_of_them(
+    device: torch.device, dtype: torch.dtype, mass: float
+) -> None:
+    arithmetic = torch.promote_types(dtype, torch.float32)
+    scores = torch.tensor(problem_of().scores[0]).to(device, dtype)
+    target = torch.tensor(problem_of().codes[0]).to(device, arithmetic)
+    target *= mass / target.sum(dim=-1, keepdim=True)
+    residual = scores.clone()
+    found = swapped_prediction.prediction_error(
+        residual, target, target.sum(dim=-1), 0.1, residual=residual
+    )
+    alone = swapped_prediction.prediction_error(scores, target, target.sum(dim=-1), 0.1)
+    assert torch.equal(found, alone)
+    assert found.dtype == arithmetic
+    pair = torch.stack([scores, scores]).double().cpu().numpy()
+    of_view = target.double().cpu().numpy()
+    expected = [oracles.loss(pair[:, [i]], of_view[None, [i]], 0.1) for i in range(4)]
+    tolerance = 100 * tolerances.ATOL[arithmetic]
+    np.testing.assert_allclose(found.double().cpu().numpy(), expected, rtol=0, atol=tolerance)
+    left = oracles.loss_gradient(pair, of_view[None], 0.1)[1] * 0.1 * len(scores)
+    np.testing.assert_allclose(
+        residual.double().cpu().numpy(), left, rtol=0, atol=4 * tolerances.ATOL[dtype]
+    )
+
+
 # The gradient that goes to the factors of the scores
 
 

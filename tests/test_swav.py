@@ -28,7 +28,7 @@ from swavkit import (
 from tests import oracles, tolerances
 from tests.bad_input import BAD_SAMPLE_WEIGHTS
 from tests.modes import RefuseSynchronisation
-from tests.optimizers import Lars
+from tests.optimizers import Lars, adam, adamw, sgd
 from tests.states import same, snapshot
 
 CHECKPOINT = Path(__file__).resolve().parent / "data" / "swav_loss_v1.pt"
@@ -268,18 +268,6 @@ def test_prototypes_are_frozen_for_so_many_training_steps(
         to_features, to_weight = gradients(loss, features, criterion.prototypes.weight)
         assert to_features.any()
         assert to_weight.any() == (step >= freeze_steps)
-
-
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.3, momentum=0.9, weight_decay=1e-3)
-
-
-def adam(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, lr=0.01)
-
-
-def adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
 
 
 @pytest.mark.parametrize("gradient", ["tangent", "published"])

@@ -12,21 +12,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from swavkit import SwAVLoss
-from tests.optimizers import Lars
+from tests.optimizers import Lars, adamw, sgd
 from tests.ranks import Ranks
 
 pytestmark = pytest.mark.distributed
 
 HEADS = (5, 3)
 FROZEN, STEPS = 3, 6
-
-
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.3, momentum=0.9, weight_decay=1e-3)
-
-
-def adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
 
 
 class Model(nn.Module):
