@@ -87,6 +87,9 @@ def test_components_know_no_other_but_a_default_step_and_masses() -> None:
         ("multicrop", "photometric"),
         ("sinkhorn", "marginals"),
         ("checkpoints", "feature_queue"),
+        ("streaming", "marginals"),
+        ("streaming", "sinkhorn"),
+        ("streaming", "swapped_prediction"),
     }
 
 
