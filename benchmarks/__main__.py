@@ -54,9 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
     if report["results"] and importlib.util.find_spec("matplotlib"):
-        from benchmarks.plots import plot
+        from benchmarks.plots import plot, plot_against_prototypes
 
         plot(report["results"], options.output / "benchmarks.png")
+        plot_against_prototypes(report["results"], options.output / "prototypes.png")
 
 
 def run(suite: Suite, *, quick: bool) -> list[dict[str, Any]]:
