@@ -9,17 +9,19 @@ import math
 import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from swavkit._distributed import global_ranks, rank_and_size, sum_over_ranks
+from swavkit._distributed import global_ranks, is_sharded, rank_and_size, sum_over_ranks
 
 if TYPE_CHECKING:
     from swavkit._distributed import ProcessGroup
 
 _RECORD = 32  # numbers in a record of settings, the first of them for their names
+_LAYERS = 8  # whose sizes are compared one by one; those of more by their sum
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of an entry
 
@@ -88,12 +90,13 @@ class Agreement:
     and so is guarded by no compiled graph. A copy, a loaded module and another group compare anew.
 
     Args:
-        calls: In how many of the first eager calls to compare.
+        repeatedly: Whether to compare at the first eager call only, or at the 2nd, 4th, 8th and so
+            on too: for what drifts apart in training, at once, or late because it is frozen first.
     """
 
-    def __init__(self, calls: int = 1) -> None:
-        self._calls = calls
-        self._done = 0
+    def __init__(self, *, repeatedly: bool = False) -> None:
+        self._repeatedly = repeatedly
+        self._calls = 0  # those with nothing to complain of
         self._group: Callable[[], ProcessGroup | None] = lambda: None
 
     def require(
@@ -113,16 +116,37 @@ class Agreement:
         if group is None or (torch.compiler.is_compiling() and not again):
             return
         if self._group() is not group:
-            self._group, self._done = weakref.ref(group), 0
-        if again or self._done < self._calls:
+            self._group, self._calls = weakref.ref(group), 0
+        call = self._calls + 1
+        if again or call == 1 or (self._repeatedly and call & (call - 1) == 0):
             require_same(record(), group, device, advice=advice)
-            self._done += 1
+        if not again:
+            self._calls = call
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Agreement:
-        return Agreement(self._calls)
+        return Agreement(repeatedly=self._repeatedly)
 
-    def __reduce__(self) -> tuple[type[Agreement], tuple[int]]:
-        return Agreement, (self._calls,)
+    def __reduce__(self) -> tuple[Callable[[], Agreement], tuple[()]]:
+        return partial(Agreement, repeatedly=self._repeatedly), ()
+
+
+def record_of(name: str, layers: Sequence[Tensor]) -> dict[str, Any]:
+    """Return what to compare of the (N, D) matrices of ``layers``: their shapes and their values.
+
+    Of a matrix that lies in shards on several processes there is only one: nothing to compare.
+    """
+    sizes: list[int | None] = [len(layer) for layer in layers[:_LAYERS]]
+    sizes += [None] * (_LAYERS - len(sizes))
+    checksums = [checksum(layer) for layer in layers if not is_sharded(layer)]
+    return {
+        f"the number of layers of {name}": len(layers),
+        f"num_{name}": sum(len(layer) for layer in layers),
+        **{f"num_{name}[{layer}]": size for layer, size in enumerate(sizes)},
+        f"the dtype of the {name}": layers[0].dtype,
+        f"the checksum of the {name}": checksum(torch.stack(checksums).unsqueeze(1))
+        if checksums
+        else None,
+    }
 
 
 def checksum(values: Tensor) -> Tensor:

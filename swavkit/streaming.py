@@ -29,11 +29,12 @@ import torch
 from torch import Tensor
 
 from swavkit._distributed import participants
+from swavkit._iterations import find_u
 from swavkit._memory import empty
 from swavkit._plan import Plan
 from swavkit._precision import at_least_float32, autocast_disabled, product_dtype
 from swavkit.marginals import masses
-from swavkit.sinkhorn import find_u, one_hot
+from swavkit.sinkhorn import one_hot
 from swavkit.swapped_prediction import (
     errors_of_samples,
     refuse_second_derivative,
@@ -67,6 +68,7 @@ def streamed_loss(
     hard: bool,
     process_group: ProcessGroup | None,
     synchronize: bool,
+    rider: Tensor | None = None,
 ) -> Tensor:
     """Return the loss of unit features and unit prototypes, without their scores.
 
@@ -85,6 +87,7 @@ def streamed_loss(
         hard: See there.
         process_group: See there.
         synchronize: See there.
+        rider: A small tensor to be summed over the processes along with the masses, in place.
 
     Returns:
         The loss, a scalar in float32, or float64 for float64 features.
@@ -100,7 +103,7 @@ def streamed_loss(
             num_code_views,
         )
         plan = scores.plan(code_weight, epsilon)
-        find_u(plan, None, iterations, relaxation, tolerance, group)
+        find_u(plan, None, iterations, relaxation, tolerance, group, rider)
         loss, gradients = _loss(scores, plan, sample_weight, temperature, hard, wanted)
     if not wanted:
         return loss
