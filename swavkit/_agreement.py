@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from swavkit._distributed import global_ranks, is_sharded, rank_and_size, sum_over_ranks
+from swavkit._distributed import global_ranks, rank_and_size, sum_over_ranks
 
 if TYPE_CHECKING:
     from swavkit._distributed import ProcessGroup
 
 _RECORD = 32  # numbers in a record of settings, the first of them for their names
-_LAYERS = 8  # whose sizes are compared one by one; those of more by their sum
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of an entry
 
@@ -128,25 +127,6 @@ class Agreement:
 
     def __reduce__(self) -> tuple[Callable[[], Agreement], tuple[()]]:
         return partial(Agreement, repeatedly=self._repeatedly), ()
-
-
-def record_of(name: str, layers: Sequence[Tensor]) -> dict[str, Any]:
-    """Return what to compare of the (N, D) matrices of ``layers``: their shapes and their values.
-
-    Of a matrix that lies in shards on several processes there is only one: nothing to compare.
-    """
-    sizes: list[int | None] = [len(layer) for layer in layers[:_LAYERS]]
-    sizes += [None] * (_LAYERS - len(sizes))
-    checksums = [checksum(layer) for layer in layers if not is_sharded(layer)]
-    return {
-        f"the number of layers of {name}": len(layers),
-        f"num_{name}": sum(len(layer) for layer in layers),
-        **{f"num_{name}[{layer}]": size for layer, size in enumerate(sizes)},
-        f"the dtype of the {name}": layers[0].dtype,
-        f"the checksum of the {name}": checksum(torch.stack(checksums).unsqueeze(1))
-        if checksums
-        else None,
-    }
 
 
 def checksum(values: Tensor) -> Tensor:

@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from swavkit._distributed import participants
 from swavkit._iterations import find_u
 from swavkit._memory import empty
 from swavkit._plan import Plan
@@ -66,9 +65,8 @@ def streamed_loss(
     relaxation: float,
     tolerance: float | None,
     hard: bool,
-    process_group: ProcessGroup | None,
-    synchronize: bool,
-    rider: Tensor | None = None,
+    group: ProcessGroup | None,
+    rider: Tensor | None,
 ) -> Tensor:
     """Return the loss of unit features and unit prototypes, without their scores.
 
@@ -85,14 +83,12 @@ def streamed_loss(
         relaxation: See there.
         tolerance: See there.
         hard: See there.
-        process_group: See there.
-        synchronize: See there.
-        rider: A small tensor to be summed over the processes along with the masses, in place.
+        group: The processes that share the batch for codes.
+        rider: A small tensor to be summed over them along with the masses, in place; or ``None``.
 
     Returns:
         The loss, a scalar in float32, or float64 for float64 features.
     """
-    group = participants(process_group, synchronize)
     wanted = torch.is_grad_enabled() and (features.requires_grad or directions.requires_grad)
     dtype = product_dtype(features)
     with torch.no_grad(), autocast_disabled(features.device):
