@@ -14,6 +14,7 @@ from swavkit._agreement import Agreement
 from swavkit._distributed import participants, share_of_mean, sum_over_ranks
 from swavkit._hooks import is_plainly
 from swavkit._precision import at_least_float32, product_dtype
+from swavkit._recomputation import Recomputation, keeping_what_it_saves
 from swavkit._record import ADVICE, record
 from swavkit.feature_queue import FeatureQueue
 from swavkit.prototypes import PrototypeLayer, product, unit_rows
@@ -165,6 +166,7 @@ class SwAVLoss(nn.Module):
         if queue_length:
             self.queue = FeatureQueue(queue_length, feature_dim, num_code_views, dtype=queue_dtype)
         self._agreement = Agreement(repeatedly=True)  # prototypes may drift apart late
+        self._recomputation = Recomputation()
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     @overload
@@ -185,6 +187,7 @@ class SwAVLoss(nn.Module):
         return_details: Literal[True],
     ) -> tuple[Tensor, SwAVDetails | tuple[SwAVDetails, ...]]: ...
 
+    @keeping_what_it_saves
     def forward(
         self,
         features: Tensor | Sequence[Tensor],
@@ -220,7 +223,10 @@ class SwAVLoss(nn.Module):
         group = None
         if isinstance(self.sinkhorn, SinkhornKnopp) or self.reduction == "global_mean":
             group = _checks.instance("sinkhorn", self.sinkhorn, SinkhornKnopp)._participants()
-        self._agreement.require(self._record, group, views[0].device, advice=ADVICE)
+        stateful = self.queue is not None, self.freeze_steps > 0
+        repeated = self._recomputation.detected(*stateful, return_details)
+        if not repeated:
+            self._agreement.require(self._record, group, views[0].device, advice=ADVICE)
 
         together = features if isinstance(features, Tensor) else torch.stack(views)  # (V, B, D)
         around = None
@@ -251,7 +257,7 @@ class SwAVLoss(nn.Module):
         if own is not None and rider is not None:
             loss = loss * share_of_mean(own, rider, group)
 
-        if self.training:
+        if self.training and not repeated:
             if self.queue is not None:
                 present = None if sample_weight is None else sample_weight != 0
                 newest = [unit_rows(view.detach()) for view in views[: self.num_code_views]]
