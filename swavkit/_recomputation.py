@@ -23,12 +23,12 @@ class Recomputation:
     def __init__(self) -> None:
         self._first_had_graph = True
 
-    def detected(self, queue: bool, freezing: bool, details: bool) -> bool:
+    def detected(self, queue: object, freeze_steps: int, details: bool) -> bool:
         """Tell whether the present forward is a repetition; never under torch.compile.
 
         Args:
-            queue: Whether there is a queue, on which codes and loss depend.
-            freezing: Whether the gradient depends on the number of steps.
+            queue: The queue on which codes and loss depend, if there is one.
+            freeze_steps: For how many steps the gradient depends on their number.
             details: Whether codes are asked for.
 
         Raises:
@@ -39,14 +39,14 @@ class Recomputation:
         if torch._C._current_graph_task_id() == -1:  # no backward pass is running
             self._first_had_graph = torch.is_grad_enabled()
             return False
-        state = "a queue" if queue else "freeze_steps" if freezing else None
+        state = "a queue" if queue is not None else "freeze_steps" if freeze_steps else None
         if state is not None and not self._first_had_graph:
             raise RuntimeError(
                 f"SwAVLoss with {state} cannot be repeated in the backward pass, since its state "
                 "has moved on; expected a checkpoint with use_reentrant=False, or one around the "
                 "encoder only"
             )
-        if queue and details:
+        if queue is not None and details:
             raise RuntimeError(
                 "the details of SwAVLoss with a queue cannot be recomputed in the backward pass, "
                 "since its state has moved on; expected a checkpoint that ends before"

@@ -60,9 +60,8 @@ class SwAVLoss(nn.Module):
 
     Parameters and state belong to the module: give its parameters to the optimizer, save its
     ``state_dict()``, and in a distributed job wrap it in DDP or FSDP2, alone or inside the model.
-    Prototypes that differ between processes, as they come to if it is left bare, are an error, the
-    same on all of them: settings and prototypes are compared at the 1st, 2nd, 4th, 8th and so on
-    training call that is not compiled, and by :meth:`check_ranks`.
+    Left bare, prototypes would drift apart: they and the settings are compared over processes at
+    the 1st, 2nd, 4th, 8th ... training call that is not compiled, and by :meth:`check_ranks`.
 
     Args:
         feature_dim: D, the number of features.
@@ -223,8 +222,7 @@ class SwAVLoss(nn.Module):
         group = None
         if isinstance(self.sinkhorn, SinkhornKnopp) or self.reduction == "global_mean":
             group = _checks.instance("sinkhorn", self.sinkhorn, SinkhornKnopp)._participants()
-        stateful = self.queue is not None, self.freeze_steps > 0
-        repeated = self._recomputation.detected(*stateful, return_details)
+        repeated = self._recomputation.detected(self.queue, self.freeze_steps, return_details)
         if not repeated:
             self._agreement.require(self._record, group, views[0].device, advice=ADVICE)
 
@@ -379,13 +377,11 @@ class SwAVLoss(nn.Module):
         solve: Callable[..., Tensor] = self.sinkhorn
         if rider is not None and is_plainly(self.sinkhorn, SinkhornKnopp):
             solve = partial(self.sinkhorn._codes, rider=rider)
-        if self.queue is None:
-            return solve(scores, sample_weight)
         samples = scores.shape[1]
-        recent = head(self.queue.features).to(scores.dtype)
-        weight = self._code_weight(samples, sample_weight)
-        together = solve(torch.cat([scores, recent], dim=1), weight)
-        return together[:, :samples]
+        if self.queue is not None:
+            recent = head(self.queue.features).to(scores.dtype)
+            scores = torch.cat([scores, recent], dim=1)
+        return solve(scores, self._code_weight(samples, sample_weight))[:, :samples]
 
     def _code_weight(self, samples: int, sample_weight: Tensor | None) -> Tensor | None:
         """Return the weights in the codes: of the current samples and then of the queue's."""
