@@ -79,9 +79,34 @@ def participants(group: ProcessGroup | None, synchronize: bool) -> ProcessGroup 
     return chosen if dist.get_world_size(chosen) > 1 else None
 
 
-def sum_over_ranks(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Return the sum of ``values`` over the group; may overwrite ``values``."""
-    return _reduce(values, "SUM", group)
+def sum_over_ranks(
+    values: Tensor, group: ProcessGroup | None, rider: Tensor | None = None
+) -> Tensor:
+    """Return the sum of ``values`` over the group; may overwrite ``values``.
+
+    A ``rider`` is a small tensor that is summed along in the same collective, in place, with the
+    precision of ``values``.
+    """
+    if rider is None or group is None:
+        return _reduce(values, "SUM", group)
+    together = torch.cat([values.flatten(), rider.flatten().to(values.dtype)])
+    together = _reduce(together, "SUM", group)
+    rider.copy_(together[values.numel() :].view_as(rider))
+    return together[: values.numel()].view_as(values)
+
+
+def share_of_mean(own: Tensor, total: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Return what makes of a process's mean its part of the mean over all samples of the group.
+
+    The average over processes of all means times this is the mean over all samples. It is 0 for a
+    process without samples.
+
+    Args:
+        own: How many samples this process has, or their summed weight.
+        total: The sum of ``own`` over the group.
+        group: The processes.
+    """
+    return own * rank_and_size(group)[1] / torch.where(total == 0, 1, total)
 
 
 def max_over_ranks(values: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -106,6 +131,11 @@ def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
 def global_ranks(group: ProcessGroup) -> list[int]:
     """Return the ranks that the group's processes have in the whole job."""
     return dist.get_process_group_ranks(group)
+
+
+def is_sharded(values: Tensor) -> bool:
+    """Tell whether this process may hold only a part of ``values``, a ``DTensor``."""
+    return hasattr(values, "device_mesh")  # the class takes longer to import than this package
 
 
 def shard_of(values: Tensor, group: ProcessGroup | None) -> Tensor:

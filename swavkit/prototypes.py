@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swavkit import _checks
+from swavkit._distributed import is_sharded
 from swavkit._memory import empty, on_cpu
 from swavkit._precision import at_least_float32, autocast_disabled, product_dtype
 
@@ -49,6 +50,7 @@ class PrototypeLayer(nn.Module):
         TypeError: If a size is no int or ``features`` is no floating tensor.
         ValueError: If a setting is out of range, the last dimension of ``features`` is not D, or
             they are on another device.
+        RuntimeError: If FSDP2 has not gathered the weight.
 
     Example:
         >>> prototypes = PrototypeLayer(feature_dim=16, num_prototypes=5)
@@ -136,23 +138,41 @@ class PrototypeLayer(nn.Module):
 
     @property
     def directions(self) -> Tensor:
-        """The prototypes as unit rows, (K, D), in the dtype of the weight, without gradient."""
+        """The prototypes as unit rows, (K, D), in the dtype of the weight, without gradient.
+
+        Where FSDP2 shards the weight they are a ``DTensor`` in the same shards, whose
+        ``full_tensor()`` all processes must call.
+        """
         return unit_rows(self.weight.detach()).to(self.weight.dtype)
 
     @torch.no_grad()
     def normalize_(self) -> None:
-        """Rescale the stored rows to unit norm, in place. It changes no score."""
+        """Rescale the stored rows to unit norm, in place. It changes no score.
+
+        Under FSDP2 the place for it is behind the optimizer, while the weight lies in shards: of
+        what is done to the gathered copy that a forward works on, nothing lasts.
+        """
         self.weight.copy_(self.directions)
 
     @torch.no_grad()
     def assign(self, features: Tensor) -> Tensor:
-        """Return the index of the nearest prototype of each feature, (...,) int64."""
+        """Return the index of the nearest prototype of each feature, (...,) int64.
+
+        Under FSDP2 the weight must be gathered, by ``unshard()`` of the module that was given to
+        ``fully_shard``.
+        """
         return self(features).argmax(dim=-1)  # type: ignore[no-any-return]
 
     def _check(self, features: Tensor) -> None:
         _checks.floating_tensor("features", features)
         _checks.last_dimension("features", features, self.feature_dim, "features")
         _checks.same_device("features", features, self.weight)
+        if is_sharded(self.weight):
+            raise RuntimeError(
+                "weight lies in shards, as FSDP2 keeps it between the calls of the module that was "
+                "given to fully_shard; expected a call by way of that module, or between its "
+                "unshard() and reshard() on all processes, or, of initialize_, before fully_shard"
+            )
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""

@@ -59,7 +59,9 @@ CALLS = {
     "MultiCropTransform.__call__": "(self, image, *, generator=None)",
     "SwAVLoss": "(feature_dim, num_prototypes, *, num_code_views=2, temperature=0.1, "
     "epsilon=0.05, iterations=3, queue_length=0, queue_start=0, freeze_steps=0, "
-    "memory='auto', process_group=None, synchronize=True, prototype_gradient='tangent')",
+    "memory='auto', reduction='mean', process_group=None, synchronize=True, "
+    "prototype_gradient='tangent', queue_dtype=None)",
+    "SwAVLoss.check_ranks": "(self)",
     "SwAVLoss.forward": "(self, features, *, sample_weight=None, return_details=False)",
     "SwAVDetails": "(codes, scores)",
     "sharded_state_dict": "(module, *, checkpoint=None, process_group=None)",
@@ -68,6 +70,7 @@ CALLS = {
 # What a class offers beyond the members of nn.Module and the fields of a dataclass.
 MEMBERS = {
     "SinkhornKnopp": {"process_group"},
+    "SwAVLoss": {"check_ranks"},
     "PrototypeLayer": {"directions", "normalize_", "assign", "reset_parameters", "initialize_"},
     "FeatureQueue": {"push", "age"},
 }
