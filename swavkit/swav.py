@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SwAVDetails", "SwAVLoss"]
 
-# Scores of more than that are streamed, unless told otherwise.
-_BYTES_OF_FULL_SCORES = 2**29
+# A head whose scores and codes would take more than that is streamed, unless told otherwise.
+_BYTES_OF_FULL_MEMORY = 2**30
 
 
 class SwAVDetails(NamedTuple):
@@ -78,8 +78,8 @@ class SwAVLoss(nn.Module):
             decay may rescale them meanwhile, which changes no score; Adam's coupled decay can turn
             them, and so can SGD with momentum and a decay of several per cent a step.
         memory: ``"full"`` holds the scores of all views; ``"streamed"`` computes them again block
-            by block, with the same result, and holds none; ``"auto"`` streams where the scores
-            would take more than 512 MiB. Details, validated codes, and a part that is replaced or
+            by block, with the same result, and holds none; ``"auto"`` streams where scores and
+            codes would take more than 1 GiB. Details, validated codes, and a part that is replaced or
             has hooks need ``"full"`` or ``"auto"``.
         reduction: ``"mean"``: over the samples of this process. ``"global_mean"``, for batches of
             different sizes: scaled so that the mean over processes, which DDP makes of gradients,
@@ -360,8 +360,11 @@ class SwAVLoss(nn.Module):
                 "memory must be 'full' or 'auto' for details, for validated codes, and with a part "
                 "that is replaced or has hooks, got 'streamed'"
             )
-        size = features.shape[:-1].numel() * head.num_prototypes * features.element_size()
-        large = size > _BYTES_OF_FULL_SCORES
+        views, samples, _ = features.shape
+        rows = views * samples + self.num_code_views * samples  # of scores and of codes
+        if self.queue is not None:  # scores of the queue, of both together, and longer codes
+            rows += self.num_code_views * (samples + 3 * self.queue.length)
+        large = rows * head.num_prototypes * features.element_size() > _BYTES_OF_FULL_MEMORY
         return possible and (self.memory == "streamed" or (self.memory == "auto" and large))
 
     @torch.no_grad()
