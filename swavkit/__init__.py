@@ -5,7 +5,8 @@
 
 from swavkit.feature_queue import FeatureQueue
 from swavkit.marginals import marginal_error, power_law_prior
-from swavkit.multicrop import CropGroup, MultiCropTransform, multi_crop_forward
+from swavkit.multicrop import CropGroup, MultiCropTransform
+from swavkit.multicrop_forward import multi_crop_forward
 from swavkit.photometric import PhotometricDistortion
 from swavkit.prototypes import PrototypeLayer
 from swavkit.sinkhorn import SinkhornKnopp, sinkhorn_knopp

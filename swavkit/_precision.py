@@ -8,7 +8,7 @@ import torch
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Return float64 for float64 and float32 for every narrower floating dtype."""
+    """Return float64 for float64 and float32 for every narrower dtype."""
     return torch.promote_types(dtype, torch.float32)
 
 
