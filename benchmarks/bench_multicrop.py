@@ -38,10 +38,10 @@ def run(folder: Path, *, quick: bool) -> dict[str, Any]:
         error = largest_error(crop_pipelines.tensors(images)[0])
         if not error <= TOLERANCE:
             raise ValueError(f"crops must be within {TOLERANCE:g} of the oracle, got {error:g}")
-        seconds = 0.1 if quick else 20
+        seconds = 0.1 if quick else 8
         alone = measure(contenders(images), len(images), seconds=seconds)
         show(f"{NAME}: one process, one thread, {len(images)} photographs", alone)
-        loaders = measure_loaders(images, repetitions=2 if quick else 5, epoch=8 if quick else 400)
+        loaders = measure_loaders(images, repetitions=2 if quick else 5, epoch=8 if quick else 200)
         show(f"{NAME}: a data loader with {WORKERS} workers", loaders)
         steps = measure_steps(images, seconds=seconds)
     finally:

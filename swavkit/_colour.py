@@ -74,20 +74,24 @@ def _blend_(crop: Tensor, kind: int, factor: float) -> None:
 
 
 def _turn_hue_(crop: Tensor, shift: float) -> None:
-    """Turn the hue; see ``_turn_hue``, of which this is the fastest form on a CPU."""
+    """Turn the hue; see ``_turn_hue``, of which this is the fastest form on a CPU.
+
+    Memory is used again, and a lerp by 0 or 1 selects: three times as fast as a mask does.
+    """
+    red, green, blue = crop.unbind(0)
     value, least = crop.amax(0), crop.amin(0)
     chroma = value - least
-    not_red, not_green = (value - crop[0]).sign_(), (value - crop[1]).sign_()
-    divisor = chroma.clamp(min=torch.finfo(crop.dtype).tiny)  # grey has no hue; any will do
-    red, green, blue = crop.unbind(0)
-    sixths = (red - green).div_(divisor).add_(4)
-    sixths = torch.lerp((blue - red).div_(divisor).add_(2), sixths, not_green)
-    sixths = torch.lerp((green - blue).div_(divisor), sixths, not_red).add_(6 * shift)
-    sixths.sub_((sixths / 6).floor_().mul_(6))
-    centres, signs, offsets = (
-        crop.new_tensor(row).view(3, 1, 1) for row in ((3, 2, 4), (1, -1, -1), (-1, 2, 2))
+    not_red, not_green = (value - red).sign_(), value.sub_(green).sign_()
+    divisor = chroma.mul(6).clamp_(min=torch.finfo(crop.dtype).tiny)  # grey has no hue; any will do
+    turns = (red - green).div_(divisor).add_(2 / 3)  # where blue is the largest
+    other = (blue - red).div_(divisor).add_(1 / 3).lerp_(turns, not_green)
+    turns = torch.sub(green, blue, out=turns).div_(divisor).lerp_(other, not_red)
+    turns.add_(1 + shift).frac_()
+    centres, slopes, offsets = (
+        crop.new_tensor(row).view(3, 1, 1)
+        for row in ((1 / 2, 1 / 3, 2 / 3), (6, -6, -6), (-1, 2, 2))
     )
-    share = (sixths - centres).abs_().mul_(signs).add_(offsets).clamp_(0, 1)
+    share = (turns - centres).abs_().mul_(slopes).add_(offsets).clamp_(0, 1)
     torch.addcmul(least, chroma, share, out=crop)
 
 
@@ -104,12 +108,10 @@ def _blur_(crop: Tensor, sigma: float) -> None:
     # On the flat memory: what runs over from one row into the next lies outside the result.
     flat = padded.flatten()
     for stride in strides[1:]:
-        length = len(flat) - 2 * radius * stride
-        total = flat[radius * stride :][:length] * kernel[radius]
-        for offset, weight in enumerate(kernel[:radius]):
-            total.add_(flat[offset * stride :][:length], alpha=weight)
-            total.add_(flat[(2 * radius - offset) * stride :][:length], alpha=weight)
-        flat = total
+        shifted = flat.unfold(0, len(flat) - 2 * radius * stride, stride).unbind(0)
+        flat = shifted[0] * kernel[0]
+        for copy, weight in zip(shifted[1:], kernel[1:], strict=True):
+            flat.add_(copy, alpha=weight)
     crop.copy_(flat.as_strided((channels, height, width), strides))
 
 
