@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -29,6 +28,9 @@ Row = dict[str, Any]
 
 def run(folder: Path, *, quick: bool) -> dict[str, Any]:
     """Verify, print and draw what is measured, and return it as plain values."""
+    if not importlib.util.find_spec("skimage"):
+        print(f"{NAME}: scikit-image, which has the photographs, is not installed: left out")
+        return {}
     for package in crop_pipelines.missing():
         print(f"{NAME}: {package} is not installed, and is left out")
     threads = torch.get_num_threads()
@@ -46,8 +48,9 @@ def run(folder: Path, *, quick: bool) -> dict[str, Any]:
         steps = measure_steps(images, seconds=seconds)
     finally:
         torch.set_num_threads(threads)
-    folder.mkdir(parents=True, exist_ok=True)
-    plot(steps, folder / "multicrop.png")
+    if importlib.util.find_spec("matplotlib"):
+        folder.mkdir(parents=True, exist_ok=True)
+        plot(steps, folder / "multicrop.png")
     return {"error": error, "alone": alone, "loaders": loaders, "steps": steps}
 
 
@@ -189,6 +192,9 @@ def show(title: str, rows: list[Row]) -> None:
 
 def plot(steps: dict[str, list[float]], path: Path) -> None:
     """Draw where the time of one image goes, a bar a pipeline."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 0.8 + 0.6 * len(steps)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
