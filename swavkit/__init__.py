@@ -3,9 +3,10 @@
 :class:`SwAVLoss` is the whole loss; the parts it is made of work alone.
 """
 
+from swavkit.crop_group import CropGroup
 from swavkit.feature_queue import FeatureQueue
 from swavkit.marginals import marginal_error, power_law_prior
-from swavkit.multicrop import CropGroup, MultiCropTransform
+from swavkit.multicrop import MultiCropTransform
 from swavkit.multicrop_forward import multi_crop_forward
 from swavkit.photometric import PhotometricDistortion
 from swavkit.prototypes import PrototypeLayer

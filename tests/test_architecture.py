@@ -76,14 +76,19 @@ def test_the_table_names_only_files_further_down() -> None:
         assert permitted(file) <= set(ORDER[position + 1 :]), file
 
 
-def test_components_know_no_other_but_a_default_step_and_masses() -> None:
+def test_components_know_no_other_but_groups_a_default_step_and_masses() -> None:
     between = {
         (file, other)
         for file in set(ORDER) - {"__init__", "swav"}
         for other in permitted(file)
         if not other.startswith("_")
     }
-    assert between == {("multicrop", "photometric"), ("sinkhorn", "marginals")}
+    assert between == {
+        ("multicrop", "crop_group"),
+        ("multicrop", "photometric"),
+        ("crop_group", "photometric"),
+        ("sinkhorn", "marginals"),
+    }
 
 
 @EACH_FILE
