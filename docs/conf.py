@@ -23,6 +23,6 @@ nitpicky = True
 nitpick_ignore_regex = [
     # No inventory of another project is fetched, so that the build needs no network.
     ("py:.*", r"(torch|nn|typing|collections)\..*"),
-    ("py:.*", r"swavkit\..*\._\w+"),  # a private type in an annotation
+    ("py:.*", r"swavkit\.(.*\.)?_\w+(\..*)?"),  # a private type in an annotation
     ("py:.*", r"(Tensor|ProcessGroup|Sequence|Callable|Any|Literal|optional|np\..*|Generator)"),
 ]

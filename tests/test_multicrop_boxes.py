@@ -10,6 +10,8 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from swavkit import CropGroup, MultiCropTransform, _crops
 from tests.image_oracles import resized_box, seeded
@@ -201,3 +203,64 @@ def test_the_matrices_hold_what_interpolate_does():
         expected = F.interpolate(image, size=(size, size), mode="bilinear", antialias=True)
         crops = _crops.cut_batch(image, torch.tensor([[0, 0, 37, 53, 0]]), size)
         torch.testing.assert_close(crops, expected, atol=PIXEL, rtol=0)
+
+
+# Laws
+
+
+ranges = st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)).map(lambda pair: tuple(sorted(pair)))
+ratios = st.tuples(st.floats(0.05, 20), st.floats(0.05, 20)).map(lambda pair: tuple(sorted(pair)))
+lengths = st.integers(1, 400)
+
+
+@given(lengths, lengths, ranges, ratios, st.floats(0, 1), st.integers(0, 2**16))
+def test_any_box_lies_inside_any_image(height, width, scale, ratio, flip, seed):
+    boxes = boxes_of(20, height, width, seed, scale=scale, ratio=ratio, flip=flip)
+    top, left, box_height, box_width, mirrored = boxes.T
+    assert (boxes == np.round(boxes)).all()
+    assert (np.minimum(box_height, box_width) >= 1).all()
+    assert (np.minimum(top, left) >= 0).all()
+    assert (top + box_height <= height).all()
+    assert (left + box_width <= width).all()
+    assert np.isin(mirrored, (0, 1)).all()
+
+
+@st.composite
+def cuts(draw: st.DrawFn):
+    """An image, a box in it and the size of a crop."""
+    height, width, size = (draw(st.integers(1, 40)) for _ in range(3))
+    top, left = draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
+    box = [top, left, draw(st.integers(1, height - top)), draw(st.integers(1, width - left)), 0]
+    image = torch.rand(2, height, width, generator=seeded(draw(st.integers(0, 99)))).double()
+    return image, box, size
+
+
+@given(cuts())
+def test_both_ways_cut_the_same(cut):
+    image, box, size = cut
+    for mirrored in (0, 1):
+        box[4] = mirrored
+        together = _crops.cut_batch(image[None], torch.tensor([box]), size)[0]
+        torch.testing.assert_close(_crops.cut(image, box, size), together, atol=PIXEL, rtol=0)
+
+
+@given(cuts())
+def test_cutting_is_linear_keeps_constants_and_sees_nothing_outside_the_box(cut):
+    image, box, size = cut
+    top, left, height, width, _ = box
+    crop = _crops.cut_batch(image[None], torch.tensor([box]), size)
+    affine = _crops.cut_batch(3 * image[None] + 0.25, torch.tensor([box]), size)
+    torch.testing.assert_close(affine, 3 * crop + 0.25)
+    elsewhere = torch.rand_like(image)
+    inside = (slice(None), slice(top, top + height), slice(left, left + width))
+    elsewhere[inside] = image[inside]
+    same = _crops.cut_batch(elsewhere[None], torch.tensor([box]), size)
+    torch.testing.assert_close(same, crop)
+
+
+@given(cuts())
+def test_a_mirrored_crop_is_the_crop_mirrored(cut):
+    image, box, size = cut
+    mirrored = [*box[:4], 1]
+    crops = _crops.cut_batch(image.expand(2, *image.shape), torch.tensor([box, mirrored]), size)
+    torch.testing.assert_close(crops[1], crops[0].flip(-1))

@@ -150,6 +150,11 @@ def test_draws_follow_their_distributions():
     follows(sigma[sigma > 0], 0.1, 2.0)
     for drawn, probability in ((jittered, 0.8), (grey == 0, 0.2), (sigma > 0, 0.5)):
         assert scipy.stats.binomtest(int(drawn.sum()), 20000, probability).pvalue > RARE
+    of_kind = [np.where(kinds == kind, factors, 0).sum(1) for kind in range(3)]
+    drawn = np.stack([*of_kind, shift, grey, sigma, before.sum(1), kinds[:, 0]])
+    correlations = np.corrcoef(drawn[:, jittered & (sigma > 0)])
+    assert np.abs(correlations - np.eye(len(drawn))).max() < 0.05
+    assert abs(np.corrcoef(jittered, sigma > 0)[0, 1]) < 0.03
     order = np.concatenate([kinds, before.sum(1, keepdims=True)], axis=1)
     assert (before[:, :-1] >= before[:, 1:]).all()
     counts = np.unique(order, axis=0, return_counts=True)[1]
