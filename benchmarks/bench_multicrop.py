@@ -91,7 +91,7 @@ def contenders(images: Sequence[Any]) -> Calls:
         peers["torchvision, PIL"] = crop_pipelines.torchvision_pipeline(), images
         peers["torchvision, uint8 tensors"] = crop_pipelines.torchvision_pipeline(), tensors
         blurred = crop_pipelines.torchvision_pipeline(blur=crop_pipelines.PILBlur())
-        peers["torchvision, PIL, its blur"] = blurred, images
+        peers["torchvision, PIL, PIL's blur"] = blurred, images
         if "OpenCV" not in crop_pipelines.missing():
             blurred = crop_pipelines.torchvision_pipeline(blur=crop_pipelines.OpenCVBlur())
             peers["torchvision, PIL, OpenCV blur"] = blurred, images
