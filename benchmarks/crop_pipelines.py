@@ -98,7 +98,7 @@ class Each:
 
 
 class OpenCVBlur(torch.nn.Module):
-    """The blur of a PIL image as the authors had it first."""
+    """The blur of a PIL image as the authors make it."""
 
     def forward(self, image: Any) -> Any:
         import cv2
@@ -110,7 +110,7 @@ class OpenCVBlur(torch.nn.Module):
 
 
 class PILBlur(torch.nn.Module):
-    """The blur of a PIL image as the authors have it now: repeated box blurs."""
+    """PIL's own blur of an image, which repeats box blurs."""
 
     def forward(self, image: Any) -> Any:
         from PIL import ImageFilter
