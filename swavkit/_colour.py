@@ -19,7 +19,9 @@ where a sample has no step.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -65,7 +67,8 @@ def _blend_(crop: Tensor, kind: int, factor: float) -> None:
     if kind == BRIGHTNESS:
         crop.mul_(factor)
     elif kind == CONTRAST:
-        mean = (crop.mean((1, 2)) * crop.new_tensor(_luma(len(crop)))).sum().item()
+        means = crop.mean((1, 2)).tolist()
+        mean = sum(map(operator.mul, _luma(len(crop)), means))
         crop.mul_(factor).add_((1 - factor) * mean)
     else:
         grey = torch.mv(crop.flatten(1).T, crop.new_tensor(_luma(len(crop)))).view(crop.shape[1:])
@@ -87,12 +90,17 @@ def _turn_hue_(crop: Tensor, shift: float) -> None:
     other = (blue - red).div_(divisor).add_(1 / 3).lerp_(turns, not_green)
     turns = torch.sub(green, blue, out=turns).div_(divisor).lerp_(other, not_red)
     turns.add_(1 + shift).frac_()
-    centres, slopes, offsets = (
-        crop.new_tensor(row).view(3, 1, 1)
-        for row in ((1 / 2, 1 / 3, 2 / 3), (6, -6, -6), (-1, 2, 2))
-    )
+    centres, slopes, offsets = _hue_shares(crop.dtype)
     share = (turns - centres).abs_().mul_(slopes).add_(offsets).clamp_(0, 1)
     torch.addcmul(least, chroma, share, out=crop)
+
+
+@functools.cache
+def _hue_shares(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where the hue of each channel lies, how its share falls from there, and from what."""
+    rows = (1 / 2, 1 / 3, 2 / 3), (6, -6, -6), (-1, 2, 2)
+    centres, slopes, offsets = torch.tensor(rows, dtype=dtype, device="cpu").view(3, 3, 1, 1)
+    return centres, slopes, offsets
 
 
 def _blur_(crop: Tensor, sigma: float) -> None:
@@ -104,7 +112,8 @@ def _blur_(crop: Tensor, sigma: float) -> None:
         return
     padded = F.pad(crop, (radius,) * 4, mode="reflect")
     strides = padded.stride()
-    kernel = _kernel(crop.new_tensor([sigma]), radius)[0].tolist()
+    weights = [math.exp(-0.5 * (x / sigma) ** 2) for x in range(-radius, radius + 1)]
+    kernel = [weight / sum(weights) for weight in weights]
     # On the flat memory: what runs over from one row into the next lies outside the result.
     flat = padded.flatten()
     for stride in strides[1:]:

@@ -210,7 +210,7 @@ class MultiCropTransform:
         """Cut, distort and normalise crop by crop on the CPU, each while it is in the cache."""
         mean, std = (self._statistic(value, images) for value in (self.mean, self.std))
         most = images.largest_value
-        scaled_mean, scaled_std = most * mean, most * std
+        scaled_mean, scale, scaled_scale = most * mean, 1 / std, 1 / (most * std)
         results = [
             torch.empty(
                 (len(images.samples), images.channels, group.size, group.size),
@@ -228,11 +228,11 @@ class MultiCropTransform:
                 crop = crops[sample]
                 cut = _crops.cut(image, numbers[: _crops.BOX], group.size)
                 if group.photometric is None:
-                    torch.sub(cut, scaled_mean, out=crop).div_(scaled_std)
+                    torch.sub(cut, scaled_mean, out=crop).mul_(scaled_scale)
                 elif isinstance(group.photometric, PhotometricDistortion):
                     cut = torch.mul(cut, 1 / most, out=_contiguous(crop))
                     _colour.distort_(cut, numbers[_crops.BOX :])
-                    torch.sub(cut, mean, out=crop).div_(std)
+                    torch.sub(cut, mean, out=crop).mul_(scale)
                 else:
                     torch.mul(cut, 1 / most, out=crop)
         for position, (index, group) in enumerate(self._each_crop):

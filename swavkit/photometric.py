@@ -58,8 +58,8 @@ class PhotometricDistortion:
         torch.Size([4, 3, 8, 8])
 
     References:
-        Caron et al. 2020, arXiv 2006.09882; the strengths are 0.8 · (0.8, 0.8, 0.8, 0.2), from
-        Chen et al. 2020, arXiv 2002.05709.
+        Caron et al. 2020, arXiv 2006.09882; the strengths are 0.8 · (0.8, 0.8, 0.8, 0.2), after
+        Chen et al. 2020, arXiv 2002.05709. The authors' program has (0.8, 0.8, 0.8, 0.2) itself.
     """
 
     brightness: float = 0.64
