@@ -1,4 +1,4 @@
-"""How a batch of samples is best worked on, and how numbers of the host reach it without a wait."""
+"""Where pixels are, how they are best worked on, and how numbers of the host reach them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from torch import Tensor
 
 
 def one_by_one(pixels: Tensor) -> bool:
-    """Tell whether to take samples one after the other, in place.
+    """Tell whether samples may be taken one after the other, in place.
 
-    That is fastest on a CPU, where a sample stays in the cache. An accelerator, a compiler and the
-    gradient want whole batches.
+    On a CPU a sample then stays in the cache. An accelerator, a compiler and the gradient want
+    whole batches.
     """
-    return not (
-        pixels.device.type != "cpu" or pixels.requires_grad or torch.compiler.is_compiling()
-    )
+    return readable(pixels) and not (pixels.requires_grad and torch.is_grad_enabled())
+
+
+def readable(pixels: Tensor) -> bool:
+    """Tell whether the host may look at values without a wait."""
+    return pixels.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def on_device(values: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from swavkit._device import one_by_one
 from swavkit._precision import at_least_float32
 
+_MANY, _SMALL = 16, 48**2  # images, pixels of each: from where on a CPU is faster with batches
 _SLACK = 1e-3  # beyond [0, 1], for the rounding of bfloat16 pixels
 
 
@@ -51,9 +52,15 @@ class Images:
 
     @property
     def one_by_one(self) -> bool:
-        """Whether the images are best worked on one after the other."""
+        """Whether the images may be worked on one after the other."""
         samples = [self.samples] if isinstance(self.samples, Tensor) else self.samples
         return all(one_by_one(sample) for sample in samples)
+
+    def many_small(self, largest_crop: int) -> bool:
+        """Tell whether starting operations on one image after the other is what would cost most."""
+        if not isinstance(self.samples, Tensor) or len(self.samples) < _MANY:
+            return False
+        return max(self.samples.shape[-2] * self.samples.shape[-1], largest_crop**2) <= _SMALL
 
     @property
     def returned_dtype(self) -> torch.dtype:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from swavkit import _checks, _colour, _crops, _images, photometric
-from swavkit._device import on_device
+from swavkit._device import on_device, readable
 from swavkit._images import Images, PILImage
 from swavkit.crop_group import CropGroup, checked_groups
 from swavkit.photometric import PhotometricDistortion
@@ -164,7 +164,9 @@ class MultiCropTransform:
         images = _images.load(image, self._channels)
         self._check_colours(images)
         parameters = self._draw(images, generator)
-        if images.one_by_one:
+        rounding = self.eight_bit and images.first.dtype == torch.uint8
+        many_small = images.many_small(max(group.size for group in self.crops)) and not rounding
+        if images.one_by_one and not many_small:
             crops = self._one_by_one(images, parameters)
         else:
             parameters = on_device(parameters, images.working_dtype, images.first.device)
@@ -184,7 +186,7 @@ class MultiCropTransform:
                 name = f"the image for crops[{index}]"
                 photometric.check_channels(group.photometric, name, images.channels)
                 coloured |= photometric.changes_colours(group.photometric)
-        if coloured and images.first.is_floating_point() and images.one_by_one:
+        if coloured and images.first.is_floating_point() and readable(images.first):
             images.refuse_values_outside_0_1()  # they would be clamped to a white image
 
     def _draw(self, images: Images, generator: torch.Generator | None) -> Tensor:

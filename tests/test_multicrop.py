@@ -339,6 +339,30 @@ def test_a_batch_is_drawn_as_its_images_would_be_one_after_the_other(groups, dty
         assert torch.equal(crop, same)
 
 
+@each_kind_of_draw
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
+def test_many_small_images_on_a_cpu_get_the_crops_of_a_few(groups, dtype):
+    pixels = torch.stack([uint8_image(28, 28, seed=seed) for seed in range(16)])
+    batch = pixels if dtype == torch.uint8 else (pixels / 255).to(dtype)
+    transform = MultiCropTransform(groups, mean=0.0, std=1.0)
+    with Operations() as together:
+        crops = transform(batch, seed=3)
+    generator = seeded(3)
+    with Operations() as one_by_one:
+        images = [transform(image, generator=generator) for image in batch]
+    assert together.count < one_by_one.count / 3
+    for crop, parts in zip(crops, zip(*images, strict=True), strict=True):
+        assert crop.dtype == parts[0].dtype
+        torch.testing.assert_close(crop, torch.stack(parts), atol=1e-5, rtol=0)
+
+
+def test_many_small_images_are_rounded_to_8_bits_where_that_is_asked_for():
+    batch = torch.stack([uint8_image(28, 28, seed=seed) for seed in range(16)])
+    transform = MultiCropTransform(PLAIN, mean=0.0, std=1.0, eight_bit=True)
+    for crop in transform(batch):
+        torch.testing.assert_close(crop * 255, (crop * 255).round(), atol=1e-3, rtol=0)
+
+
 def test_a_list_holds_images_of_any_sizes_and_kinds():
     sizes = [(40, 30), (1, 1), (200, 3), (35, 60)]
     images = [uint8_image(*size, seed=seed) for seed, size in enumerate(sizes)]
