@@ -10,10 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bench_loss, bench_multicrop, bench_sinkhorn, kernels
+from benchmarks import bench_loss, bench_multicrop, bench_queue, bench_sinkhorn, kernels
 from benchmarks.harness import Suite, environment, measure
 
-SUITES = {module.SUITE.name: module.SUITE for module in (bench_sinkhorn, bench_loss)}
+SUITES = {module.SUITE.name: module.SUITE for module in (bench_sinkhorn, bench_loss, bench_queue)}
 KERNELS = "kernels"  # is counted, not timed
 NAMES = [*SUITES, bench_multicrop.NAME, KERNELS]
 HEADER = (

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import swavkit
 Calls = Mapping[str, Callable[[], object]]
 
 OURS = "swavkit"  # the first contender of every suite
+SIZES = ("samples", "prototypes", "length")  # of a problem, those that its work grows with
 PEAK_RESET = Path("/proc/self/clear_refs")  # writing 5 resets the peak of a process's memory
 _M_MMAP_THRESHOLD = -3  # of glibc: from which size on memory is given back as soon as it is freed
 
@@ -34,9 +35,8 @@ class Suite:
 
     Attributes:
         name: What the command line calls it.
-        cases: The problems of the default run: dataclasses of plain values, ``samples`` and
-            ``prototypes`` among them, with a text for the table and the ``tolerance`` within which
-            an answer is right.
+        cases: The problems of the default run: dataclasses of plain values, ``samples`` among
+            them, with a text for the table and the ``tolerance`` within which an answer is right.
         quick: The problem of ``--quick``.
         prepare: Makes the inputs of a problem and returns a call for each contender. At the top of
             a module, so that another process can find it.
@@ -158,7 +158,8 @@ def _peak_of_call(prepare: Callable[[Any], Calls], problem: Any, name: str) -> i
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
     call = prepare(problem)[name]
     # Load code and start threads, on a problem too small to leave memory behind.
-    prepare(replace(problem, samples=8, prototypes=8))[name]()
+    tiny = {field.name: 8 for field in fields(problem) if field.name in SIZES}
+    prepare(replace(problem, **tiny))[name]()
     PEAK_RESET.write_text("5")  # from here on
     before = _process_memory("VmRSS")
     call()

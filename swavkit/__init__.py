@@ -3,6 +3,7 @@
 :class:`SwAVLoss` is the whole loss; the parts it is made of work alone.
 """
 
+from swavkit.checkpoints import load_sharded_state_dict, sharded_state_dict
 from swavkit.crop_group import CropGroup
 from swavkit.feature_queue import FeatureQueue
 from swavkit.marginals import marginal_error, power_law_prior
@@ -24,9 +25,11 @@ __all__ = [
     "SwAVDetails",
     "SwAVLoss",
     "SwappedPredictionLoss",
+    "load_sharded_state_dict",
     "marginal_error",
     "multi_crop_forward",
     "power_law_prior",
+    "sharded_state_dict",
     "sinkhorn_knopp",
     "swapped_prediction_loss",
 ]

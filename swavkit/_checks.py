@@ -72,9 +72,22 @@ def positive_int(name: str, value: Any) -> int:
     return _int_from(name, value, 1)
 
 
+def positive_ints(name: str, values: Sequence[Any]) -> list[int]:
+    """Return ``values`` as ints if there is at least one and all are whole numbers above 0."""
+    if not values:
+        raise ValueError(f"{name} as a sequence must hold at least 1 number, got none")
+    return [positive_int(f"{name}[{index}]", value) for index, value in enumerate(values)]
+
+
 def non_negative_int(name: str, value: Any) -> int:
     """Return ``value`` as an int if it is a whole number of at least 0."""
     return _int_from(name, value, 0)
+
+
+def boolean(name: str, value: Any) -> None:
+    """Refuse a ``value`` that is neither ``True`` nor ``False``."""
+    if value is not True and value is not False:
+        choice(name, value, (True, False))
 
 
 def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:

@@ -6,14 +6,16 @@ alone", for which every reduction is the identity.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup as ProcessGroup  # for the annotations of others
+if TYPE_CHECKING:  # for the annotations of others
+    from torch.distributed import ProcessGroup as ProcessGroup
+    from torch.distributed.checkpoint.storage import StorageReader as StorageReader
 
 
 class GroupHandle:
@@ -29,6 +31,7 @@ class GroupHandle:
     """
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
+        _require_group(group)
         self._group = group
         self._dropped = False
 
@@ -61,8 +64,10 @@ def participants(group: ProcessGroup | None, synchronize: bool) -> ProcessGroup 
         synchronize: Whether to reduce over other processes at all.
 
     Raises:
+        TypeError: If ``group`` is something else.
         ValueError: If this process is not a member of ``group``.
     """
+    _require_group(group)
     if not (synchronize and dist.is_available() and dist.is_initialized()):
         return None
     chosen = group if group is not None else dist.group.WORLD
@@ -93,8 +98,76 @@ def gather_over_ranks(values: Tensor, group: ProcessGroup | None) -> Tensor:
     return torch.stack(gathered)
 
 
+def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
+    """Return the place of this process in the group, and the number of processes."""
+    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+
+def global_ranks(group: ProcessGroup) -> list[int]:
+    """Return the ranks that the group's processes have in the whole job."""
+    return dist.get_process_group_ranks(group)
+
+
+def shard_of(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Return the tensor whose row r is the ``values`` of process r, each holding its own row.
+
+    It is a ``DTensor`` sharded over its first dimension, which shares the memory of ``values``; for
+    one process it is a view of ``values``.
+    """
+    own = values.unsqueeze(0)
+    if group is None:
+        return own
+    # Not at the top of the file: it takes longer to import than all of this package.
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = DeviceMesh.from_group(group, values.device.type)
+    return DTensor.from_local(own, mesh, [Shard(0)], run_check=False)
+
+
+def own_row(values: Tensor, group: ProcessGroup | None) -> Tensor | None:
+    """Return this process's row of what :func:`shard_of` returned; ``None`` for other tensors."""
+    if group is None:
+        return values[0] if len(values) == 1 else None
+    from torch.distributed.tensor import DTensor
+
+    return values.to_local()[0] if isinstance(values, DTensor) else None
+
+
+def saved_tensors(
+    checkpoint: str | os.PathLike[str] | StorageReader,
+) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Return the shape and dtype of each tensor in a ``torch.distributed.checkpoint``.
+
+    Args:
+        checkpoint: Its path, or a storage reader.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader = (
+        FileSystemReader(checkpoint) if isinstance(checkpoint, (str, os.PathLike)) else checkpoint
+    )
+    return {
+        key: (entry.size, entry.properties.dtype)
+        for key, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
 def _reduce(values: Tensor, operation: str, group: ProcessGroup | None) -> Tensor:
     if group is not None:
         values = values.contiguous()
         dist.all_reduce(values, op=getattr(dist.ReduceOp, operation), group=group)
     return values
+
+
+def _require_group(group: Any) -> None:
+    """Refuse what is no process group, a device mesh for one."""
+    if group is None or not dist.is_available() or torch.compiler.is_compiling():
+        return
+    if not isinstance(group, dist.ProcessGroup) and group != dist.GroupMember.NON_GROUP_MEMBER:
+        raise TypeError(
+            "process_group must be a torch.distributed.ProcessGroup or None, got "
+            f"{type(group).__name__}; a dimension of a device mesh gives one by get_group()"
+        )

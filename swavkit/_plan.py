@@ -1,296 +1,345 @@
 """The plan of Sinkhorn-Knopp: P = exp(S/ε), scaled, in blocks that stay in the cache.
 
-It knows how to sum masses and how to scale by them; which masses are wanted, and how often, is the
-business of ``sinkhorn.py``. It knows of no other processes.
+It knows how to sum masses; which masses are wanted, and how often, is the business of
+``sinkhorn.py``. It knows of no other processes.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from swavkit._memory import empty, on_cpu
+from swavkit._precision import at_least_float32
+
 # The ranges of u and v can grow with each scaling, by up to B·K if all masses are equal. For so
 # many scalings they stay inside that of float32 at any B·K that fits in memory; then P is computed
-# anew. Masses that differ let them grow by as much more: then P is new each time.
+# anew. Masses that differ let them grow by as much more; then P is new each time.
 _SCALINGS_OF_ONE_P = 5
 
-# What the caches of a CPU keep from one operation to the next. An accelerator takes everything at
-# once, and so does a compiler, which fuses the operations.
+# What the caches of a CPU keep from one operation to the next.
 _ENTRIES_OF_A_BLOCK = 2**21
 _SAMPLES_OF_A_BLOCK = 2**12
 
+# Up to so many, fewer operations save more on a CPU than cheaper ones.
+_ENTRIES_AT_ONCE = 2**20
+
 # torch spreads a batch of products with a vector over the threads of a CPU, and a single one not.
 _PARTS_OF_A_PRODUCT = 8
-_SAMPLES_OF_A_PART = 16
+_ENTRIES_OF_A_PART = 2**15
+
+Part = tuple[int | slice, ...]  # the index of a problem, if there are several, and of samples
 
 
 class _Block(NamedTuple):
-    """Some samples of some problems."""
+    """A part of the problem, or several problems with the same part of each: (..., b, K)."""
 
-    problems: slice
-    scores: Tensor  # (n, b, K)
-    entries: Tensor  # (n, b, K), P
-    codes: Tensor  # (n, b, K)
-    sample_mass: Tensor  # (n, b), r
-    absence: Tensor | None  # (n, b), NaN for a sample that is absent, else 0; None: nobody is
-    code_mass: Tensor  # (n, b), what a code must sum to
+    part: Part
+    entries: Tensor  # (..., b, K), S/ε and then P
+    sample_mass: Tensor  # (..., b), r
+    flaw: Tensor  # (..., b), NaN for a sample whose scores are not finite, else 0
+    absence: Tensor | None  # (..., b), NaN for a sample that is absent, else 0; None: nobody is
 
 
 class Plan:
-    """Q = diag(v) P diag(u) of N problems, with P = softmax(S/ε + log_u) over the prototypes.
+    """Q = diag(v) P diag(u) of a problem or of N, with P = softmax(S/ε + log_u) over prototypes.
 
-    Only u has to be told: v always brings the rows of Q to a sum of 1, but for :meth:`start`, which
-    finds the masses before any v. Each method reads P, or the scores, once.
+    Only ``u`` has to be told: v always brings the rows of Q to a sum of 1, but for :meth:`start`,
+    which finds the masses before any v. Each method reads P, or the scores, once.
 
-    P lies in the memory of the codes and is only read, while u changes, until the range of floating
-    point calls for a new P, with u in ``log_u``. Codes of half precision offer no such memory: if
-    they fill several blocks, P is computed each time it is needed, in the memory of one block.
+    P is only read, while u changes, until the range of floating point calls for a new P, with u in
+    ``log_u``. It lies in the memory of the codes. Where they have none, or one too narrow for the
+    arithmetic, P is computed each time it is needed, in the memory of one part.
 
     A sample with a NaN or an infinite score is left out: its mass is 0, and its code NaN, or zeros
     if it was absent anyway.
 
     Args:
-        scores: (N, B, K).
-        sample_mass: (N, B), in the dtype of all arithmetic; overwritten.
-        weighted: Whether any of these may be 0.
+        scores: Gives the scores (..., b, K) of a part.
+        parts: What is computed at a time; see :func:`parts_of`. The first one is the largest.
+        sample_mass: (B,) or (N, B), r, in the dtype of all arithmetic; overwritten.
+        num_prototypes: K.
+        weighted: Whether a mass may be 0.
         graded: Whether masses of samples or of prototypes may differ in another way than that.
         epsilon: ε.
+        codes: (B, K) or (N, B, K), memory for the codes, if they are wanted as a whole.
     """
 
     def __init__(
         self,
-        scores: Tensor,
+        scores: Callable[[Part], Tensor],
+        parts: Sequence[Part],
         sample_mass: Tensor,
+        num_prototypes: int,
         *,
         weighted: bool,
         graded: bool,
         epsilon: float,
+        codes: Tensor | None = None,
     ) -> None:
-        self.epsilon = epsilon
-        self.weighted = weighted
-        self.sample_mass = sample_mass
-        self.code_mass = torch.empty_like(sample_mass)
-        self.log_u = sample_mass.new_empty(len(scores), scores.shape[-1])
-        self.u: Tensor | None = None  # None: all of it is in log_u
+        self.scores, self.sample_mass, self.epsilon = scores, sample_mass, epsilon
+        self.all_codes = codes
+        self.scalings_of_one_p = 1 if graded else _SCALINGS_OF_ONE_P
+        self.lowest = torch.finfo(sample_mass.dtype).min / 4  # an exponent that does not count
+        self.shape = (*sample_mass.shape[:-1], num_prototypes)
         self.scalings = 0  # by u, of one P
-        # In place of what must not count: the lowest exponent, and a score that leads there.
-        self.lowest = torch.finfo(sample_mass.dtype).min / 4
-        self.lowest_score = self.lowest * min(epsilon, 1)
-
-        absence = None
+        self.flaw = torch.empty_like(sample_mass)
+        self.absence = None
         if weighted:
-            absence = torch.zeros_like(sample_mass).masked_fill_(sample_mass == 0, torch.nan)
-        self.all_codes = codes = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
-        apart = codes.dtype != sample_mass.dtype  # P needs memory of its own
-        parts = _parts(scores)
-        self.keeps_entries = len(parts) == 1 or not apart
-        self.scalings_of_one_p = 1 if graded or not self.keeps_entries else _SCALINGS_OF_ONE_P
-        if len(parts) == 1:
-            entries = torch.empty_like(codes, dtype=sample_mass.dtype) if apart else codes
-            of_samples = (sample_mass, absence, self.code_mass)
-            self.blocks = [_Block(slice(None), scores, entries, codes, *of_samples)]
+            zeros = torch.zeros_like(sample_mass)
+            self.absence = zeros.masked_fill_(sample_mass == 0, torch.nan)
+
+        if codes is not None and codes.dtype == sample_mass.dtype:
+            memory = codes
         else:
-            shared = sample_mass.new_empty(codes[parts[0]].shape) if parts and apart else codes
-            self.blocks = [
-                _Block(
-                    part[0],
-                    scores[part],
-                    shared[:, : codes[part].shape[1]] if apart else codes[part],
-                    codes[part],
-                    sample_mass[part],
-                    None if absence is None else absence[part],
-                    self.code_mass[part],
-                )
-                for part in parts
-            ]
+            shape = sample_mass[parts[0]].shape if parts else (0,)
+            memory = empty((*shape, num_prototypes), sample_mass.dtype, sample_mass)
+        self.keeps_entries = memory is codes or len(parts) == 1
+        self.holds_p = False
+        self.blocks = [
+            _Block(
+                part,
+                memory[part] if memory is codes else memory[..., : sample_mass[part].shape[-1], :],
+                sample_mass[part],
+                self.flaw[part],
+                None if self.absence is None else self.absence[part],
+            )
+            for part in parts
+        ]
 
-    def largest_scores(self) -> Tensor:
-        """Return the largest score (N, K) of each prototype among the samples that count.
+    def largest_exponents(self) -> Tensor:
+        """Return the largest S/ε (..., K) of each prototype among the samples that count.
 
-        Where no sample counts it is ``lowest_score``. To be called first: it also finds out which
-        samples have scores that are not finite.
+        Where no sample counts it is ``lowest``. To be called first: it also finds out which samples
+        have scores that are not finite.
         """
-        largest = self._over_blocks(_largest_scores, torch.maximum, self.lowest_score)
-        flawed = self.code_mass.isnan()
-        self.code_mass += 1
-        if self.weighted:
+        largest = self._over_blocks(self._largest_of, torch.maximum, self.lowest)
+        self.code_mass = self.flaw + 1  # what a code must sum to
+        if self.absence is None:
+            torch.nan_to_num(self.code_mass, nan=0, out=self.sample_mass)
+        else:
+            flawed = self.flaw.isnan()
             self.code_mass.masked_fill_(flawed & (self.sample_mass == 0), 0)
-        self.sample_mass.masked_fill_(flawed, 0)
+            self.sample_mass.masked_fill_(flawed, 0)
         return largest
 
     def start(self, log_u: Tensor) -> Tensor:
-        """Return the masses (N, K) of exp(S/ε + log_u), as it is, without v; see :meth:`restart`.
+        """Set ``log_u``, and return Σ_i r_i exp(S_ij/ε + log_u_j), (..., K).
 
         No exponent of a sample that is present may be above 0.
         """
-        self.restart(log_u)
-        return self._over_blocks(_mass_without_v, torch.add, 0)
+        self.log_u = log_u
+        sums = self._over_blocks(self._start_of, torch.add, 0)
+        self.holds_p = self.keeps_entries
+        return sums
 
-    def scale(self, factor: Tensor) -> None:
-        """Multiply u by ``factor`` (N, K)."""
-        self.u = factor if self.u is None else self.u * factor
+    def scale(self, u: Tensor) -> None:
+        """Set u (..., K)."""
+        self.u = u
         self.scalings += 1
+
+    def sums(self) -> Tensor:
+        """Return Σ_i r_i v_i P_ij, (..., K); times u they are the masses of the prototypes in Q."""
         if self.scalings == self.scalings_of_one_p:
-            self.restart(self.log_u + self.u.log())
+            self._renew()
+        sums = self._over_blocks(self._sums_of, torch.add, 0)
+        self.holds_p = self.keeps_entries
+        return sums
 
-    def restart(self, log_u: Tensor) -> None:
-        """Set all of u, as ``log_u`` (N, K). A NaN in it makes every code of the problem NaN."""
-        self.log_u, self.u, self.scalings = log_u, None, 0
-        self.code_mass.masked_fill_(log_u.isnan().any(dim=-1, keepdim=True), torch.nan)
+    def codes(self) -> Tensor:
+        """Return Q, (..., B, K), in the dtype of the memory for it. The plan is used up."""
+        assert self.all_codes is not None
+        for block in self.blocks:
+            self.codes_of(block)
+        return self.all_codes
 
-    def mass(self) -> Tensor:
-        """Return the masses (N, K) of the prototypes in Q."""
-        if self.u is not None:
-            return self._over_blocks(_mass, torch.add, 0) * self.u
-        mass = self._over_blocks(_mass_of_new_entries, torch.add, 0)
-        if self.keeps_entries:
-            self.u = torch.ones_like(mass)
-        return mass
+    def codes_of(self, block: _Block) -> Tensor:
+        """Return Q of a block, in place of its P."""
+        entries = self._p_of(block).mul_(_row(self.u, block))
+        v = self.code_mass[block.part] / entries.sum(dim=-1)
+        codes = entries if self.all_codes is None else self.all_codes[block.part]
+        return torch.mul(entries, v.unsqueeze(-1), out=codes)
 
-    def log_mass(self) -> Tensor:
-        """Return the logarithm of :meth:`mass`, which may be below the range of floating point.
+    def relax(self, log_u: Tensor) -> None:
+        """Set all of u, as ``log_u`` (..., K)."""
+        self.log_u, self.u, self.holds_p = log_u, torch.ones_like(log_u), False
+
+    def log_masses(self) -> Tensor:
+        """Return the logarithms of the masses, which may be below the range of floating point.
 
         All of u must be in ``log_u``.
         """
-        return self._over_blocks(_log_mass, torch.logaddexp, -torch.inf)
+        return self._over_blocks(self._log_masses_of, torch.logaddexp, -math.inf)
 
-    def codes(self) -> Tensor:
-        """Return Q, (N, B, K), in the dtype of the scores. The plan is used up."""
-        for block in self.blocks:
-            if self.u is None:
-                entries, v = _new_entries(self, block), block.code_mass
-            else:
-                entries = block.entries.mul_(self.u[block.problems].unsqueeze(-2))
-                v = block.code_mass / entries.sum(dim=-1)
-            torch.mul(entries, v.unsqueeze(-1), out=block.codes)
-        return self.all_codes
+    def _renew(self) -> None:
+        """Move u into ``log_u``, but for what rounding loses there, which stays in u."""
+        change = self.u.log()
+        log_u = self.log_u + change
+        part = log_u - self.log_u
+        lost = (self.log_u - (log_u - part)) + (change - part)
+        self.u = lost.masked_fill_(log_u == -math.inf, 0).exp_()
+        self.log_u, self.scalings, self.holds_p = log_u, 0, False
 
     def _over_blocks(
         self,
-        of_block: Callable[[Plan, _Block], Tensor],
+        of_block: Callable[[_Block], Tensor],
         combine: Callable[..., Tensor],
         neutral: float,
     ) -> Tensor:
-        """Combine what the blocks give, (n, K) each, into (N, K)."""
+        """Combine what the blocks give, (..., K)."""
         if len(self.blocks) == 1:
-            return of_block(self, self.blocks[0])
-        total = torch.full_like(self.log_u, neutral)
+            return of_block(self.blocks[0])
+        result = self.sample_mass.new_full(self.shape, neutral)
         for block in self.blocks:
-            part = total[block.problems]
-            combine(part, of_block(self, block), out=part)
-        return total
+            of_part = _of(result, block)
+            combine(of_part, of_block(block), out=of_part)
+        return result
+
+    def _exponents_of(self, block: _Block, scores: Tensor, left_out: Tensor) -> Tensor:
+        """Compute S/ε, with an exponent that does not count where ``left_out`` is NaN."""
+        torch.add(left_out.unsqueeze(-1), scores, alpha=1 / self.epsilon, out=block.entries)
+        lowest = self.lowest
+        return block.entries.nan_to_num_(nan=lowest, posinf=lowest, neginf=lowest)
+
+    def _largest_of(self, block: _Block) -> Tensor:
+        scores = self.scores(block.part)
+        # NaN and infinity show in a sum: less itself it is NaN.
+        torch.sum(scores, dim=-1, dtype=block.flaw.dtype, out=block.flaw)
+        block.flaw.sub_(block.flaw)
+        left_out = block.flaw if block.absence is None else block.flaw + block.absence
+        return self._exponents_of(block, scores, left_out).amax(dim=-2)
+
+    def _start_of(self, block: _Block) -> Tensor:
+        if self.absence is None and self.keeps_entries:
+            exponents = block.entries
+        else:
+            exponents = self._exponents_of(block, self.scores(block.part), block.flaw)
+        exponents.add_(_row(self.log_u, block))
+        largest = exponents.amax(dim=-1)
+        if self.absence is not None:
+            largest.clamp_(max=0)  # only that of an absent sample can be above
+        entries = torch.softmax(exponents, dim=-1, out=exponents)
+        # What the softmax has divided a row by.
+        divisor = largest.exp_().div_(entries.amax(dim=-1))
+        return _over_samples(entries, divisor.mul_(block.sample_mass))
+
+    def _sums_of(self, block: _Block) -> Tensor:
+        entries = self._p_of(block)
+        v = block.sample_mass / _over_prototypes(entries, _of(self.u, block))
+        return _over_samples(entries, v)
+
+    def _log_masses_of(self, block: _Block) -> Tensor:
+        exponents = self._exponents_of(block, self.scores(block.part), block.flaw)
+        exponents.add_(_row(self.log_u, block))
+        log_codes = torch.log_softmax(exponents, dim=-1, out=exponents)
+        return log_codes.add_(block.sample_mass.log().unsqueeze(-1)).logsumexp(dim=-2)
+
+    def _p_of(self, block: _Block) -> Tensor:
+        if self.holds_p:
+            return block.entries
+        exponents = self._exponents_of(block, self.scores(block.part), block.flaw)
+        exponents.add_(_row(self.log_u, block))
+        return torch.softmax(exponents, dim=-1, out=exponents)
 
 
-def _parts(scores: Tensor) -> list[tuple[slice, slice]]:
-    """Return which problems and which samples go into each block."""
-    number, samples, prototypes = scores.shape
-    if not (number and samples):
+def fits_at_once(scores: Tensor, iterations: int) -> bool:
+    """Tell whether :func:`codes_at_once` can make the iterations, and is the fastest to do so."""
+    small = scores.numel() <= _ENTRIES_AT_ONCE or not on_cpu(scores)
+    return small and iterations <= _SCALINGS_OF_ONE_P and scores.numel() > 0
+
+
+def codes_at_once(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """Return the codes of scores (B, K) or (N, B, K), with equal masses, in few operations.
+
+    The whole first iteration is a softmax over the samples and one over the prototypes, the first
+    of them in the log domain.
+    """
+    dtype = at_least_float32(scores.dtype)
+    lowest = torch.finfo(dtype).min / 4
+    total = scores.sum(dim=-1, dtype=dtype)
+    flaw = total - total  # NaN where a score is not finite, else 0
+    exponents = torch.add(flaw.unsqueeze(-1), scores, alpha=1 / epsilon)
+    exponents.nan_to_num_(lowest, lowest, lowest)
+    torch.log_softmax(exponents, dim=-2, out=exponents)
+    entries = torch.softmax(exponents, dim=-1, out=exponents)
+    v = code_mass = flaw.exp_()  # NaN or 1
+    if iterations > 1:
+        v = sample_mass = code_mass.nan_to_num(0)
+        transposed = entries.mT
+        for _ in range(iterations - 1):
+            u = _products(transposed, v).reciprocal_()
+            sums = _products(entries, u)
+            v = sample_mass / sums
+        entries.mul_(u.unsqueeze(-2))
+        v = code_mass / sums
+    codes = entries.mul_(v.unsqueeze(-1))
+    return codes if scores.dtype == dtype else codes.to(scores.dtype)
+
+
+def parts_of(scores: Tensor) -> list[Part]:
+    """Return which parts of ``scores``, (B, K) or (N, B, K), to compute at a time.
+
+    An accelerator takes everything at once, and so does a compiler, which fuses the operations.
+    """
+    *number, samples, prototypes = scores.shape
+    if scores.numel() == 0:
         return []
-    if not _on_cpu(scores) or (
+    if not on_cpu(scores) or (
         scores.numel() <= _ENTRIES_OF_A_BLOCK and samples <= _SAMPLES_OF_A_BLOCK
     ):
-        return [(slice(None), slice(None))]
+        return [(slice(None),) * (scores.dim() - 1)]
     rows = min(_SAMPLES_OF_A_BLOCK, _ENTRIES_OF_A_BLOCK // prototypes)
     rows = max(rows - rows % _PARTS_OF_A_PRODUCT, 1)
     return [
-        (slice(problem, problem + 1), slice(first, first + rows))
-        for problem in range(number)
+        (*problem, slice(first, first + rows))
+        for problem in itertools.product(*map(range, number))
         for first in range(0, samples, rows)
     ]
 
 
-def _on_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+def _of(vectors: Tensor, block: _Block) -> Tensor:
+    """Return those of the vectors (..., K) that belong to the block."""
+    return vectors[block.part[:-1]] if len(block.part) > 1 else vectors
 
 
-def _largest_scores(plan: Plan, block: _Block) -> Tensor:
-    """Return (n, K) largest scores, and leave in ``code_mass`` 0, or NaN for a flawed sample."""
-    # NaN and infinity show in a sum: times 0 it is NaN, and that makes all of the sample NaN.
-    total = block.scores.sum(dim=-1, dtype=block.code_mass.dtype)
-    offset = torch.mul(total, 0, out=block.code_mass)
-    if block.absence is not None:
-        offset = offset + block.absence
-    counted = plan.blocks[0].entries[:, : block.scores.shape[1]]  # memory that is in the cache
-    torch.add(block.scores, offset.unsqueeze(-1), out=counted)
-    return _without_infinities(counted, plan.lowest_score).amax(dim=-2)
-
-
-def _mass_without_v(plan: Plan, block: _Block) -> Tensor:
-    exponents = _exponents(plan, block)
-    largest = exponents.amax(dim=-1)
-    entries = torch.softmax(exponents, dim=-1, out=exponents)
-    # What the softmax has divided a row by; only a sample that is absent can be above 0.
-    divisor = largest.clamp_(max=0).exp_() / entries.amax(dim=-1)
-    return _over_samples(entries, divisor.mul_(block.sample_mass))
-
-
-def _mass(plan: Plan, block: _Block) -> Tensor:
-    assert plan.u is not None
-    v = block.sample_mass / _over_prototypes(block.entries, plan.u[block.problems])
-    return _over_samples(block.entries, v)
-
-
-def _mass_of_new_entries(plan: Plan, block: _Block) -> Tensor:
-    return _over_samples(_new_entries(plan, block), block.sample_mass)
-
-
-def _log_mass(plan: Plan, block: _Block) -> Tensor:
-    log_codes = torch.log_softmax(_exponents(plan, block), dim=-1, out=block.entries)
-    return log_codes.add_(block.sample_mass.log().unsqueeze(-1)).logsumexp(dim=-2)
-
-
-def _new_entries(plan: Plan, block: _Block) -> Tensor:
-    exponents = _exponents(plan, block)
-    return torch.softmax(exponents, dim=-1, out=exponents)
-
-
-def _exponents(plan: Plan, block: _Block) -> Tensor:
-    """Compute S/ε + log_u where P will be."""
-    log_u = plan.log_u[block.problems].unsqueeze(-2)
-    exponents = torch.add(log_u, block.scores, alpha=1 / plan.epsilon, out=block.entries)
-    return _without_infinities(exponents, plan.lowest)
-
-
-def _without_infinities(values: Tensor, lowest: float) -> Tensor:
-    """Overwrite NaN and infinities with a number that is too low to count."""
-    return values.nan_to_num_(nan=lowest, posinf=lowest, neginf=lowest)
+def _row(vectors: Tensor, block: _Block) -> Tensor:
+    """Return those of the vectors (..., K) that belong to the block, (..., 1, K)."""
+    return _of(vectors, block).unsqueeze(-2)
 
 
 def _over_prototypes(entries: Tensor, u: Tensor) -> Tensor:
-    """Return Σ_j P_ij u_j, (n, b), for entries (n, b, K) and u (n, K)."""
-    if not _on_cpu(entries):
+    """Return Σ_j P_ij u_j, (..., b), for entries (..., b, K) and u (..., K)."""
+    parts = _parts_of_a_product(entries)
+    if parts == 1:
         return _products(entries, u)
-    rows = _rows_in_parts(entries)
-    if rows.shape == entries.shape:
-        return torch.bmm(u.unsqueeze(1), rows.mT).squeeze(1)
-    vectors = u.repeat_interleave(len(rows) // len(u), dim=0).unsqueeze(1)
-    return torch.bmm(vectors, rows.mT).view(entries.shape[:-1])
+    rows = entries.view(-1, entries.shape[-2] // parts, entries.shape[-1])
+    vectors = u.repeat_interleave(parts, dim=0) if u.dim() > 1 else u.expand(parts, -1)
+    return torch.bmm(vectors.unsqueeze(1), rows.mT).view(entries.shape[:-1])
 
 
 def _over_samples(entries: Tensor, v: Tensor) -> Tensor:
-    """Return Σ_i P_ij v_i, (n, K), for entries (n, b, K) and v (n, b)."""
-    if not _on_cpu(entries):
+    """Return Σ_i P_ij v_i, (..., K), for entries (..., b, K) and v (..., b)."""
+    parts = _parts_of_a_product(entries)
+    if parts == 1:
         return _products(entries.mT, v)
-    rows = _rows_in_parts(entries)
-    if rows.shape == entries.shape:
-        return torch.bmm(v.unsqueeze(1), rows).squeeze(1)
+    rows = entries.view(-1, entries.shape[-2] // parts, entries.shape[-1])
     sums = torch.bmm(v.view(len(rows), 1, -1), rows)
-    return sums.view(len(v), -1, sums.shape[-1]).sum(dim=1)
+    return sums.view(*v.shape[:-1], parts, -1).sum(dim=-2)
 
 
 def _products(matrices: Tensor, vectors: Tensor) -> Tensor:
     """Return the product of each matrix with its vector; batched, it could be in TF32."""
+    if matrices.dim() == 2:
+        return torch.mv(matrices, vectors)
     return torch.stack([torch.mv(*pair) for pair in zip(matrices, vectors, strict=True)])
 
 
-def _rows_in_parts(entries: Tensor) -> Tensor:
-    """View (n, b, K) as (n · parts, b / parts, K)."""
-    samples = entries.shape[1]
-    if samples < _PARTS_OF_A_PRODUCT * _SAMPLES_OF_A_PART:
-        return entries
-    parts = math.gcd(samples, _PARTS_OF_A_PRODUCT)
-    return entries.view(len(entries) * parts, samples // parts, -1)
+def _parts_of_a_product(entries: Tensor) -> int:
+    if entries.numel() < _PARTS_OF_A_PRODUCT * _ENTRIES_OF_A_PART or not on_cpu(entries):
+        return 1
+    return math.gcd(entries.shape[-2], _PARTS_OF_A_PRODUCT)

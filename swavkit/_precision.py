@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+_NOTHING = nullcontext()
+
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """Return float64 for float64 and float32 for every narrower dtype."""
@@ -14,6 +16,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 def autocast_disabled(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which products on ``device`` keep the dtype of their factors."""
-    if device.type == "meta":  # knows no autocast, and asking torch whether would break a graph
-        return nullcontext()
+    # meta knows no autocast, and asking torch whether would break a graph
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return _NOTHING
     return torch.autocast(device.type, enabled=False)

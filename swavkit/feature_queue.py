@@ -12,7 +12,9 @@ from swavkit import _checks
 
 __all__ = ["FeatureQueue"]
 
-_STATE = ("features", "valid", "position", "rejected")
+_STATE = ("features", "valid", "position", "rejected", "written", "pushes")
+_SINCE_VERSION_2 = ("written", "pushes")
+_STORAGE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class FeatureQueue(nn.Module):
@@ -26,42 +28,67 @@ class FeatureQueue(nn.Module):
         length: The number of slots, per process and per view, at least 1.
         feature_dim: D, the number of features, at least 1.
         num_views: The number of code views, at least 1.
+        dtype: In which floating dtype features are stored, the default dtype if ``None``.
+            ``torch.float16`` or ``torch.bfloat16`` halve the memory; a unit feature is then rounded
+            by up to 5e-4 or 4e-3 of each entry.
 
     Attributes:
         features: (num_views, length, D), in slot order; zeros in slots that are not valid.
         valid: (length,) bool, which slots hold real features.
         position: int64 scalar, the slot that is written next.
         rejected: int64 scalar, how many samples were turned away for a NaN or an infinite entry.
+        written: (length,) int64, the number of the push that wrote each slot; 0 if none did.
+        pushes: int64 scalar, how many pushes there were, those of no sample included.
 
-    The four are saved in ``state_dict()``, and move and change dtype with the module, as buffers
-    do. They are no buffers because ``DistributedDataParallel`` would overwrite those of every
-    process with the ones of rank 0.
+    These are saved in ``state_dict()``, and move and change dtype with the module, as buffers do.
+    They are no buffers because ``DistributedDataParallel`` would overwrite those of every process
+    with the ones of rank 0. A state from before the last two were kept loads with both at 0: all
+    its features count as written by the latest push. :func:`~swavkit.sharded_state_dict` saves the
+    queues of all processes.
 
     Raises:
         TypeError: If a size is no int or the features are no floating tensors.
-        ValueError: If a size is below 1 or a shape or device does not fit.
+        ValueError: If a size is below 1, ``dtype`` is none of the four, or a shape or device does
+            not fit.
 
     Example:
         >>> queue = FeatureQueue(length=4, feature_dim=2, num_views=1)
         >>> queue.push(torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]]))
         >>> len(queue), queue.valid
         (3, tensor([ True,  True,  True, False]))
+        >>> queue.push(torch.tensor([[[0.0, 1.0]]]))
+        >>> queue.age
+        tensor([1, 1, 1, 0])
     """
+
+    _version = 2
 
     features: Tensor
     valid: Tensor
     position: Tensor
     rejected: Tensor
+    written: Tensor
+    pushes: Tensor
 
-    def __init__(self, length: int, feature_dim: int, num_views: int = 2) -> None:
+    def __init__(
+        self,
+        length: int,
+        feature_dim: int,
+        num_views: int = 2,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.length = _checks.positive_int("length", length)
         self.feature_dim = _checks.positive_int("feature_dim", feature_dim)
         self.num_views = _checks.positive_int("num_views", num_views)
-        self.features = torch.zeros(self.num_views, self.length, self.feature_dim)
+        _checks.choice("dtype", dtype, (None, *_STORAGE))
+        self.features = torch.zeros(self.num_views, self.length, self.feature_dim, dtype=dtype)
         self.valid = torch.zeros(self.length, dtype=torch.bool)
         self.position = torch.zeros((), dtype=torch.int64)
         self.rejected = torch.zeros((), dtype=torch.int64)
+        self.written = torch.zeros(self.length, dtype=torch.int64)
+        self.pushes = torch.zeros((), dtype=torch.int64)
 
     @torch.no_grad()
     def push(self, features: Tensor | Sequence[Tensor], *, valid: Tensor | None = None) -> None:
@@ -84,11 +111,10 @@ class FeatureQueue(nn.Module):
             _checks.mask("valid", valid, views[0].shape[:1], views[0])
 
         new = torch.stack([view.detach() for view in views]).to(self.features.dtype)
-        finite = new.isfinite().all(dim=-1).all(dim=0)  # (B,)
-        offered = torch.ones_like(finite) if valid is None else valid
-        self.rejected.add_((offered & ~finite).sum())
-        keep = offered & finite
-        new = new.masked_fill(~keep.unsqueeze(-1), 0)
+        finite = new.abs().amax(dim=(0, 2)) < torch.inf  # (B,), false for NaN
+        keep = finite if valid is None else finite & valid
+        self.rejected.add_((~finite if valid is None else valid & ~finite).sum())
+        new.masked_fill_(~keep.unsqueeze(-1), 0)
 
         samples = new.shape[1]
         written = min(samples, self.length)
@@ -97,6 +123,17 @@ class FeatureQueue(nn.Module):
         self.features.index_copy_(1, slots, new[:, first:])
         self.valid.index_copy_(0, slots, keep[first:])
         self.position.copy_((self.position + samples) % self.length)
+        self.pushes.add_(1)
+        self.written.index_copy_(0, slots, self.pushes.expand(written))
+
+    @property
+    def age(self) -> Tensor:
+        """How many pushes ago each slot was written, (length,) int64; -1 where it is not valid.
+
+        A training step makes one push, so this is in steps; the newest features have age 0.
+        Nothing is read from the device.
+        """
+        return torch.where(self.valid, self.pushes - self.written, -1)
 
     def __len__(self) -> int:
         """How many slots are valid. Reads the device: not for the training path."""
@@ -108,7 +145,9 @@ class FeatureQueue(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
-        return f"length={self.length}, feature_dim={self.feature_dim}, num_views={self.num_views}"
+        shown = f"length={self.length}, feature_dim={self.feature_dim}, num_views={self.num_views}"
+        dtype = self.features.dtype
+        return f"{shown}, dtype={dtype}" if dtype.itemsize < 4 else shown
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureQueue:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -139,6 +178,12 @@ class FeatureQueue(nn.Module):
             others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         loaded = {name: state_dict[key] for name, key in own.items() if key in state_dict}
+        old = (local_metadata.get("version") or 1) < 2
+        if old and "features" in loaded and not loaded.keys() & set(_SINCE_VERSION_2):
+            loaded |= {
+                name: torch.zeros_like(getattr(self, name), device=loaded["features"].device)
+                for name in _SINCE_VERSION_2
+            }
         if strict:
             missing_keys += [key for name, key in own.items() if name not in loaded]
         mismatches = [

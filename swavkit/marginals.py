@@ -64,7 +64,7 @@ def marginal_error(
         >>> marginal_error(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]))
         tensor(0.5000)
     """
-    _checks.choice("synchronize", synchronize, (True, False))
+    _checks.boolean("synchronize", synchronize)
     _checks.of_samples_and_prototypes("codes", codes)
     _checks.weights(sample_weight, prototype_weight, codes)
     group = participants(process_group, synchronize)
@@ -121,4 +121,44 @@ def masses(
     """Return a weight as masses of ``shape``; NaN where it is negative, so that it shows."""
     if weight is None:
         return torch.ones(shape, device=device, dtype=dtype)
+    weight = weight.detach()
     return torch.where(weight < 0, torch.nan, weight.to(dtype)).expand(shape).clone()
+
+
+def refuse_bad_values(
+    scores: Tensor,
+    sample_weight: Tensor | None,
+    prototype_weight: Tensor | None,
+    group: ProcessGroup | None,
+) -> None:
+    """Raise an error on all processes if one has values without a meaning. Waits for the device."""
+    counted, prototype_totals = scores, scores.new_empty(0)
+    samples = torch.full(scores.shape[:-2], scores.shape[-2], device=scores.device).double()
+    totals = samples
+    if sample_weight is not None:
+        counted = scores[(sample_weight != 0).expand(scores.shape[:-1])]
+        totals = sample_weight.double().sum(dim=-1).expand_as(samples)
+    if prototype_weight is not None:
+        prototype_totals = prototype_weight.double().sum(dim=-1, keepdim=True)
+    breaches = {
+        "sample_weight must be finite and at least 0": _not_masses(sample_weight, scores),
+        "prototype_weight must be finite and at least 0": _not_masses(prototype_weight, scores),
+        "prototype_weight must have a positive sum": prototype_totals[prototype_totals == 0],
+        "scores must be finite in every sample that is present": counted[~counted.isfinite()],
+    }
+    counts = torch.tensor([values.numel() for values in breaches.values()])
+    record = torch.cat([counts.to(totals), totals.flatten(), samples.flatten()])
+    record = sum_over_ranks(record, group)
+    of_all, (totals, samples) = record[: len(breaches)].tolist(), record[len(breaches) :].chunk(2)
+    for (expected, values), count in zip(breaches.items(), of_all, strict=True):
+        if count > 0:
+            got = values[0].item() if values.numel() else "another value on another process"
+            raise ValueError(f"{expected}, got {got}")
+    if ((totals == 0) & (samples > 0)).any():
+        raise ValueError("sample_weight must have a positive sum, got 0.0")
+
+
+def _not_masses(weight: Tensor | None, like: Tensor) -> Tensor:
+    if weight is None:
+        return like.new_empty(0)
+    return weight[~((weight >= 0) & weight.isfinite())]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,11 @@ class PrototypeLayer(nn.Module):
     The layer normalises both itself, so scores are cosines whatever the norms of the features and
     of the stored weight. The published procedure renormalises the weight in place before each step
     instead, which breaks when a forward runs twice before a backward and is lost under sharding.
+
+    The stored norms change no score, but they set the pace: a row of twice the norm turns half as
+    far in a step. To keep them at 1, as the authors do, add one line behind the optimizer::
+
+        optimizer.register_step_post_hook(lambda *_: prototypes.normalize_())
 
     Args:
         feature_dim: D, the number of features, at least 1.
@@ -73,6 +78,36 @@ class PrototypeLayer(nn.Module):
         nn.init.normal_(self.weight)
         self.normalize_()
 
+    @torch.no_grad()
+    def initialize_(self, features: Tensor, *, generator: torch.Generator | None = None) -> None:
+        """Let the prototypes start where features are, in place; before the first step.
+
+        Wrap the layer in ``DistributedDataParallel`` afterwards, which hands the prototypes of rank
+        0 to all processes, or pass the same features and random state on each.
+
+        Args:
+            features: (K, D) centres, one for each prototype and taken in this order; or (..., D)
+                features of more than K samples, of which K different ones are drawn. Of any norm.
+                Those without a direction, zeros or with a NaN or infinite entry, are passed over;
+                if too few others are left, the remaining prototypes stay as they are.
+            generator: Where the draw comes from, on the device of ``features``; by default torch's
+                global one.
+        """
+        self._check(features)
+        rows = features.detach().flatten(0, -2) if features.dim() > 1 else features[None]
+        if len(rows) < self.num_prototypes:
+            raise ValueError(
+                f"features must hold at least {self.num_prototypes} samples, one for each "
+                f"prototype, got {len(rows)}"
+            )
+        usable = rows.isfinite().all(dim=-1) & (rows != 0).any(dim=-1)
+        if len(rows) > self.num_prototypes:
+            order = torch.rand(len(rows), generator=generator, device=rows.device)
+            chosen = order.masked_fill_(~usable, -1).topk(self.num_prototypes).indices
+            rows, usable = rows.index_select(0, chosen), usable.index_select(0, chosen)
+        directions = unit_rows(rows).to(self.weight.dtype)
+        self.weight.copy_(torch.where(usable.unsqueeze(-1), directions, self.weight))
+
     def forward(self, features: Tensor, *, frozen: Tensor | None = None) -> Tensor:
         """Return the cosines of ``features`` with the prototypes.
 
@@ -85,16 +120,18 @@ class PrototypeLayer(nn.Module):
         Returns:
             (..., K) scores in [-1, 1] up to rounding.
         """
-        _checks.floating_tensor("features", features)
-        _checks.last_dimension("features", features, self.feature_dim, "features")
-        _checks.same_device("features", features, self.weight)
+        return F.linear(*self._factors(features, frozen))
+
+    def _factors(self, features: Tensor, frozen: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return unit rows (..., D) and (K, D), in one dtype, whose product the scores are."""
+        self._check(features)
         weight: Tensor = self.weight
         if frozen is not None:
             # Not a gradient times 0: that would make NaN of an infinite one.
             weight = torch.where(frozen, weight.detach(), weight)
         directions = unit_rows(weight, differentiate_norm=self.gradient == "tangent")
         dtype = torch.promote_types(features.dtype, weight.dtype)
-        return F.linear(unit_rows(features).to(dtype), directions.to(dtype))
+        return unit_rows(features).to(dtype), directions.to(dtype)
 
     @property
     def directions(self) -> Tensor:
@@ -110,6 +147,11 @@ class PrototypeLayer(nn.Module):
     def assign(self, features: Tensor) -> Tensor:
         """Return the index of the nearest prototype of each feature, (...,) int64."""
         return self(features).argmax(dim=-1)  # type: ignore[no-any-return]
+
+    def _check(self, features: Tensor) -> None:
+        _checks.floating_tensor("features", features)
+        _checks.last_dimension("features", features, self.feature_dim, "features")
+        _checks.same_device("features", features, self.weight)
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
@@ -133,11 +175,47 @@ def unit_rows(rows: Tensor, *, differentiate_norm: bool = True) -> Tensor:
         (..., D) unit rows in float32, or float64 for float64 input.
     """
     rows = rows.to(at_least_float32(rows.dtype))
+    if rows.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        unit: Tensor = _UnitRows.apply(rows, differentiate_norm)[0]  # type: ignore[no-untyped-call]
+        return unit
+    return _unit_rows(rows, differentiate_norm)[0]
+
+
+def _unit_rows(rows: Tensor, differentiate_norm: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the unit rows, and the two divisors (..., 1) of which they are the quotient."""
     # Scaled by its largest entry first, so that no square over- or underflows. The scale is a
     # constant: it cancels in the result.
     largest = rows.detach().abs().amax(dim=-1, keepdim=True)
-    scaled = rows / torch.where(largest == 0, 1, largest)
+    largest = torch.where(largest == 0, 1, largest)
+    scaled = rows / largest
     norm = torch.linalg.vector_norm(
         scaled if differentiate_norm else scaled.detach(), dim=-1, keepdim=True
     )
-    return scaled / torch.where(norm == 0, torch.inf, norm)  # so the gradient of a zero row is 0
+    norm = torch.where(norm == 0, torch.inf, norm)  # so the gradient of a zero row is 0
+    return scaled / norm, norm, largest
+
+
+class _UnitRows(torch.autograd.Function):
+    """What autograd makes of :func:`_unit_rows`, in fewer operations."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor, differentiate_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return _unit_rows(rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        rows, ctx.differentiate_norm = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(rows, *output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+        rows, unit, norm, largest = ctx.saved_tensors
+        if ctx.differentiate_norm:
+            if torch.is_grad_enabled():  # for a second derivative
+                unit, norm, largest = _unit_rows(rows)
+            along = torch.linalg.vecdot(gradient, unit).unsqueeze(-1)
+            gradient = torch.addcmul(gradient, along, unit, value=-1)
+        return gradient / norm / largest, None

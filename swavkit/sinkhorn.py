@@ -33,9 +33,10 @@ from swavkit._distributed import (
     participants,
     sum_over_ranks,
 )
-from swavkit._plan import Plan
+from swavkit._memory import empty
+from swavkit._plan import Plan, codes_at_once, fits_at_once, parts_of
 from swavkit._precision import at_least_float32, autocast_disabled
-from swavkit.marginals import masses
+from swavkit.marginals import masses, refuse_bad_values
 
 if TYPE_CHECKING:
     from swavkit._distributed import ProcessGroup
@@ -123,29 +124,39 @@ def sinkhorn_knopp(
     _checks.weights(sample_weight, prototype_weight, scores)
     group = participants(process_group, synchronize)
 
-    with torch.no_grad(), autocast_disabled(scores.device):
+    scores = scores.detach()
+    with autocast_disabled(scores.device):
         if validate:
-            _refuse_bad_values(scores, sample_weight, prototype_weight, group)
-        dtype = at_least_float32(scores.dtype)
-        sample_mass = masses(sample_weight, scores.shape[:-1], scores.device, dtype)  # (..., B), r
-        prototype_mass = masses(prototype_weight, scores.shape[-1:], scores.device, dtype)  # (K,)
-        prototype_mass /= prototype_mass.sum()  # c
-        problems = scores.unsqueeze(0).flatten(0, -3)  # (N, B, K)
-        plan = Plan(
-            problems,
-            sample_mass.view(problems.shape[:-1]),
-            weighted=sample_weight is not None,
-            graded=any(
-                weight is not None and weight.is_floating_point()
-                for weight in (sample_weight, prototype_weight)
-            ),
-            epsilon=epsilon,
-        )
-        if relaxation == math.inf:
-            _iterate(plan, prototype_mass, iterations, tolerance, group)
+            refuse_bad_values(scores, sample_weight, prototype_weight, group)
+        problems = scores.flatten(0, -3) if scores.dim() > 3 else scores  # (B, K) or (N, B, K)
+        weights = [weight for weight in (sample_weight, prototype_weight) if weight is not None]
+        strict = relaxation == math.inf and tolerance is None
+        if strict and not weights and group is None and fits_at_once(problems, iterations):
+            codes = codes_at_once(problems, epsilon, iterations)
         else:
-            _iterate_relaxed(plan, prototype_mass, iterations, relaxation, group)
-        codes = plan.codes().view(scores.shape)
+            dtype = at_least_float32(scores.dtype)
+            sample_mass = masses(sample_weight, scores.shape[:-1], scores.device, dtype)
+            plan = Plan(
+                problems.__getitem__,
+                parts_of(problems),
+                sample_mass.view(problems.shape[:-1]),  # r
+                scores.shape[-1],
+                weighted=sample_weight is not None,
+                graded=any(weight.is_floating_point() for weight in weights),
+                epsilon=epsilon,
+                codes=empty(problems.shape, scores.dtype, scores),
+            )
+            prototype_mass = None
+            if prototype_weight is not None:
+                prototype_mass = masses(prototype_weight, scores.shape[-1:], scores.device, dtype)
+                prototype_mass /= prototype_mass.sum()  # (K,), c
+            if relaxation == math.inf:
+                _iterate(plan, prototype_mass, iterations, tolerance, group)
+            else:
+                _iterate_relaxed(plan, prototype_mass, iterations, relaxation, group)
+            codes = plan.codes()
+        if scores.dim() > 3:
+            codes = codes.view(scores.shape)
         return _one_hot(codes) if hard else codes
 
 
@@ -254,7 +265,7 @@ def _checked(
     """Refuse bad settings; return the numbers."""
     epsilon = _checks.positive_float("epsilon", epsilon)
     iterations = _checks.positive_int("iterations", iterations)
-    _checks.choice("synchronize", synchronize, (True, False))
+    _checks.boolean("synchronize", synchronize)
     relaxation = _checks.positive_or_infinite("relaxation", relaxation)
     if tolerance is not None:
         tolerance = _checks.positive_float("tolerance", tolerance)
@@ -263,29 +274,36 @@ def _checked(
                 f"tolerance must be None with a finite relaxation, got {tolerance} with a "
                 f"relaxation of {relaxation}"
             )
-    _checks.choice("hard", hard, (True, False))
-    _checks.choice("validate", validate, (True, False))
+    _checks.boolean("hard", hard)
+    _checks.boolean("validate", validate)
     return epsilon, iterations, relaxation, tolerance
 
 
 def _iterate(
     plan: Plan,
-    prototype_mass: Tensor,
+    prototype_mass: Tensor | None,
     iterations: int,
     tolerance: float | None,
     group: ProcessGroup | None,
 ) -> None:
     """Bring a new plan as near to the masses ``prototype_mass`` (K,), of sum 1, as is asked for."""
-    log_u = prototype_mass.log() - _largest_exponents(plan, group)
-    mass = sum_over_ranks(plan.start(log_u), group)
+    log_u = -_largest_exponents(plan, group)
+    if prototype_mass is None:
+        prototype_mass = _equal_masses(log_u)
+    else:
+        log_u += prototype_mass.log()
+    sums = sum_over_ranks(plan.start(log_u), group)
+    wanted = prototype_mass
     for iteration in range(iterations):
         if iteration > 0:
-            mass = sum_over_ranks(plan.mass(), group)  # of codes that may be good enough
-        wanted = prototype_mass * mass.sum(dim=-1, keepdim=True)
-        if tolerance is not None and iteration > 0 and _near(mass, wanted, tolerance):
-            break
+            sums = sum_over_ranks(plan.sums(), group)
+            mass = sums * plan.u
+            if iteration == 1:  # v follows any factor of u, so the first u need not know the total
+                wanted = prototype_mass * mass.sum(dim=-1, keepdim=True)
+            if tolerance is not None and _near(mass, wanted, tolerance):
+                break
         # No mass is wanted where there is none, or nobody is present.
-        plan.scale((wanted / mass).masked_fill_(mass == 0, 1))
+        plan.scale((wanted / sums).masked_fill_(sums == 0, 1))
 
 
 def _near(mass: Tensor, wanted: Tensor, tolerance: float) -> bool:
@@ -295,7 +313,7 @@ def _near(mass: Tensor, wanted: Tensor, tolerance: float) -> bool:
 
 def _iterate_relaxed(
     plan: Plan,
-    prototype_mass: Tensor,
+    prototype_mass: Tensor | None,
     iterations: int,
     relaxation: float,
     group: ProcessGroup | None,
@@ -310,27 +328,33 @@ def _iterate_relaxed(
     A prototype may end up with less mass than floating point can hold, so masses are logarithms.
     """
     strength = relaxation / (relaxation + plan.epsilon)
-    largest = _largest_exponents(plan, group)
+    shift = _largest_exponents(plan, group)
+    if prototype_mass is None:
+        prototype_mass = _equal_masses(shift)
     # The equations take the sum of r to be 1; what it is comes with the first masses.
-    totals = torch.cat([plan.start(-largest), plan.sample_mass.sum(dim=-1, keepdim=True)], dim=-1)
+    totals = torch.cat([plan.start(-shift), plan.sample_mass.sum(dim=-1, keepdim=True)], dim=-1)
     totals = sum_over_ranks(totals, group).log()
-    log_mass, log_total = totals[:, :-1], totals[:, -1:]
+    log_mass, log_total = totals[..., :-1], totals[..., -1:]
     nobody = log_total == -math.inf
-    log_sum = log_mass + largest
+    log_sum = log_mass + shift
     for iteration in range(iterations):
         if iteration > 0:
             # The codes are exp(S/ε + f + g), so that the sum is their mass without f.
-            log_mass = gather_over_ranks(plan.log_mass(), group).logsumexp(dim=0)
+            log_mass = gather_over_ranks(plan.log_masses(), group).logsumexp(dim=0)
             log_sum = log_mass - plan.log_u
         log_sum = (log_sum - log_total).masked_fill_(nobody, 0)
         log_u = strength * (prototype_mass.log() - log_sum)
-        plan.restart(log_u.masked_fill_(prototype_mass == 0, -math.inf))
+        plan.relax(log_u.masked_fill_(prototype_mass == 0, -math.inf))
+
+
+def _equal_masses(like: Tensor) -> Tensor:
+    return torch.full_like(like, 1 / like.shape[-1])
 
 
 def _largest_exponents(plan: Plan, group: ProcessGroup | None) -> Tensor:
     """Return the largest S/ε (N, K) of each prototype; 0 where nobody is present on any rank."""
-    largest = max_over_ranks(plan.largest_scores(), group)
-    return largest.masked_fill(largest == plan.lowest_score, 0) / plan.epsilon
+    largest = max_over_ranks(plan.largest_exponents(), group)
+    return largest.masked_fill_(largest <= plan.lowest, 0)
 
 
 def _one_hot(codes: Tensor) -> Tensor:
@@ -338,41 +362,3 @@ def _one_hot(codes: Tensor) -> Tensor:
     largest, nearest = codes.max(dim=-1, keepdim=True)
     largest = torch.where(largest > 0, 1, largest)
     return codes.mul_(0).scatter_(-1, nearest, largest)
-
-
-def _refuse_bad_values(
-    scores: Tensor,
-    sample_weight: Tensor | None,
-    prototype_weight: Tensor | None,
-    group: ProcessGroup | None,
-) -> None:
-    """Raise an error on all processes if one has values without a meaning. Waits for the device."""
-    counted, prototype_totals = scores, scores.new_empty(0)
-    totals = scores.new_ones(scores.shape[:-2], dtype=torch.float64)
-    if sample_weight is not None:
-        counted = scores[(sample_weight != 0).expand(scores.shape[:-1])]
-        totals = totals * sample_weight.double().sum(dim=-1)
-    if prototype_weight is not None:
-        prototype_totals = prototype_weight.double().sum(dim=-1, keepdim=True)
-    breaches = {
-        "sample_weight must be finite and at least 0": _not_masses(sample_weight, scores),
-        "prototype_weight must be finite and at least 0": _not_masses(prototype_weight, scores),
-        "prototype_weight must have a positive sum": prototype_totals[prototype_totals == 0],
-        "scores must be finite in every sample that is present": counted[~counted.isfinite()],
-    }
-    counts = torch.tensor([values.numel() for values in breaches.values()])
-    record = torch.cat([counts.to(totals), totals.flatten()])
-    record = sum_over_ranks(record, group)
-    of_all, totals = record[: len(breaches)].tolist(), record[len(breaches) :]
-    for (expected, values), count in zip(breaches.items(), of_all, strict=True):
-        if count > 0:
-            got = values[0].item() if values.numel() else "another value on another process"
-            raise ValueError(f"{expected}, got {got}")
-    if (totals == 0).any():
-        raise ValueError("sample_weight must have a positive sum, got 0.0")
-
-
-def _not_masses(weight: Tensor | None, like: Tensor) -> Tensor:
-    if weight is None:
-        return like.new_empty(0)
-    return weight[~((weight >= 0) & weight.isfinite())]

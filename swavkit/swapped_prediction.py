@@ -10,14 +10,21 @@ the double sum over pairs of views (Caron et al. 2020, eq. 2 and §3.2)::
                 loss -= (codes[i] * log_softmax(scores[v] / τ)).sum(-1).mean()
     loss /= A * (V - 1)
 
-collapses to one logsumexp per view::
+collapses to one logsumexp per view, and its gradient is known as soon as the softmax is::
 
     L = 1/(A(V-1)) · Σ_v mean_b [ n_v · logsumexp_k(S_v/τ) - ⟨T_v, S_v⟩/τ ]
+    ∂L/∂S_v = (n_v · softmax(S_v/τ) - T_v) · w_b / (τ · A · (V-1) · Σ w)
+
+So the forward pass also forms the residual n_v · softmax(S_v/τ) - T_v, in the memory that the
+softmax needs anyway. It stays as it is, with entries of the order of 1; the factor behind it, which
+would flush many of them to zero in half precision, is applied in float32 by the backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +33,14 @@ from swavkit import _checks
 from swavkit._precision import at_least_float32, autocast_disabled
 
 __all__ = ["SwappedPredictionLoss", "swapped_prediction_loss"]
+
+# What the caches of a CPU keep from one operation to the next. An accelerator takes a whole view at
+# once, and so does a compiler, which fuses the operations.
+_ENTRIES_OF_A_BLOCK = 2**20
+
+# The entries of a residual are of the order of 1 down to that of 1/K. This brings 1/K into the
+# range of float16 for every K that fits in memory, and leaves room for codes that sum to hundreds.
+_SCALE_IN_FLOAT16 = 256.0
 
 
 def swapped_prediction_loss(
@@ -58,6 +73,8 @@ def swapped_prediction_loss(
         TypeError: If ``scores`` or ``codes`` are no floating tensors, or ``sample_weight`` is
             neither bool nor floating.
         ValueError: If the temperature is out of range or a shape or device does not fit.
+        RuntimeError: In a backward pass with ``create_graph=True``: the gradient is computed along
+            with the loss, and has no derivative. ``torch.func.grad`` makes such a pass.
 
     Example:
         >>> scores = torch.zeros(3, 4, 10)  # 3 views, 4 samples, 10 prototypes
@@ -73,33 +90,18 @@ def swapped_prediction_loss(
     if sample_weight is not None:
         _checks.weight("sample_weight", sample_weight, (samples,), score_views[0])
 
-    dtype = at_least_float32(score_views[0].dtype)
-    with autocast_disabled(score_views[0].device):
-        constants = torch.stack([code.detach().to(dtype) for code in code_views])  # (A, B, K)
-        if sample_weight is not None:
-            sample_weight = sample_weight.to(dtype)
-            absent = (sample_weight == 0).unsqueeze(-1)  # (B, 1)
-            constants = constants.masked_fill(absent, 0)
-        total = constants.sum(dim=0)
-
-        per_sample = torch.zeros(samples, dtype=dtype, device=total.device)
-        for view, view_scores in enumerate(score_views):
-            if view == 0 and len(code_views) == 1:
-                continue  # the only code is its own: nothing to predict
-            target = total - constants[view] if view < len(code_views) else total  # (B, K), T_v
-            logits = view_scores.to(dtype) / temperature
-            if sample_weight is not None:
-                logits = logits.masked_fill(absent, 0)
-            mass = target.sum(dim=-1)  # (B,), n_v
-            agreement = (target * logits).sum(dim=-1)  # (B,), ⟨T_v, S_v⟩/τ
-            per_sample = per_sample + mass * torch.logsumexp(logits, dim=-1) - agreement
-
-        if sample_weight is None:
-            mean = per_sample.sum() / max(samples.numel(), 1)
-        else:
-            weight_sum = sample_weight.sum()
-            mean = (sample_weight * per_sample).sum() / torch.where(weight_sum == 0, 1, weight_sum)
-        return mean / (len(code_views) * (len(score_views) - 1))
+    given = [scores] if isinstance(scores, Tensor) else score_views
+    terms = score_views, code_views, temperature, sample_weight
+    if not (torch.is_grad_enabled() and any(part.requires_grad for part in given)):
+        return _loss_and_factor(None, *terms)[0]
+    residuals = [torch.empty_like(part) for part in given]
+    loss, factor = _loss_and_factor(
+        list(residuals[0]) if isinstance(scores, Tensor) else residuals, *terms
+    )
+    attached: Tensor = _LossOfScores.apply(  # type: ignore[no-untyped-call]
+        loss, factor, *residuals, *given
+    )
+    return attached
 
 
 class SwappedPredictionLoss(nn.Module):
@@ -141,6 +143,207 @@ class SwappedPredictionLoss(nn.Module):
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
         return f"temperature={self.temperature}"
+
+
+def loss_of_factors(
+    features: Tensor,
+    directions: Tensor,
+    scores: Tensor,
+    codes: Tensor,
+    *,
+    temperature: float,
+    sample_weight: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """Return the loss of ``scores`` as a function of the factors whose product they are.
+
+    The gradient of the scores, a matrix of their size, is never formed: the residual is multiplied
+    with the factors, and what is left of the gradient with the small results.
+
+    Args:
+        features: (V, B, D), floating.
+        directions: (K, D), floating.
+        scores: (V, B, K), their product, without gradient; float32 or better, or bfloat16. In
+            float16 the features times their factor would underflow.
+        codes: (A, B, K).
+        temperature: τ.
+        sample_weight: (B,), or ``None``. The ``features`` of a sample of weight 0 must be finite.
+        residual: (V, B, K) memory in the dtype of the scores, to be overwritten; it may be that of
+            ``scores`` itself. New memory if ``None``.
+    """
+    terms = list(scores), list(codes), temperature, sample_weight
+    if not (torch.is_grad_enabled() and (features.requires_grad or directions.requires_grad)):
+        return _loss_and_factor(None, *terms)[0]
+    if residual is None:
+        residual = torch.empty_like(scores)
+    loss, factor = _loss_and_factor(list(residual), *terms)
+    attached: Tensor = _LossOfFactors.apply(  # type: ignore[no-untyped-call]
+        loss, factor, residual, features, directions
+    )
+    return attached
+
+
+def prediction_error(
+    scores: Tensor,
+    target: Tensor,
+    mass: Tensor,
+    temperature: float,
+    residual: Tensor | None = None,
+    residual_scale: float = 1.0,
+) -> Tensor:
+    """Return n · logsumexp(S/τ) - ⟨T, S⟩/τ for some samples of one view, (b,).
+
+    Args:
+        scores: (b, K), S, of any floating dtype.
+        target: (b, K), T, in the dtype of the arithmetic, float32 or float64.
+        mass: (b,), n, the row sums of T.
+        temperature: τ.
+        residual: (b, K), overwritten with n · softmax(S/τ) - T; it may be ``scores`` itself.
+        residual_scale: What the residual is multiplied by before it is rounded to its dtype.
+    """
+    largest = scores.amax(dim=-1, keepdim=True).to(target.dtype)
+    shift = largest / -temperature
+    if residual is not None and residual.dtype == target.dtype:
+        logits = residual
+    else:
+        logits = torch.empty_like(target)
+    torch.add(shift, scores, alpha=1 / temperature, out=logits)  # at most 0, but for rounding
+    agreement: Tensor = torch.linalg.vecdot(target, logits)
+    predictions = torch.softmax(logits, dim=-1, out=logits)
+    # The softmax has divided exp(logits) by their sum: the largest of both tells by what.
+    log_sum = torch.add(shift, largest, alpha=1 / temperature).squeeze(-1)
+    log_sum -= predictions.amax(dim=-1).log()
+    if residual is not None:
+        predictions.mul_((mass * residual_scale).unsqueeze(-1))
+        torch.sub(predictions, target, alpha=residual_scale, out=residual)
+    return mass * log_sum - agreement
+
+
+def _loss_and_factor(
+    residuals: list[Tensor] | None,
+    scores: list[Tensor],
+    codes: list[Tensor],
+    temperature: float,
+    sample_weight: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss, and what turns the residuals into its gradient, (B, 1), both constants.
+
+    ``residuals`` (B, K), one for each view, are overwritten.
+    """
+    dtype = at_least_float32(scores[0].dtype)
+    samples = len(scores[0])
+    scale = _SCALE_IN_FLOAT16 if scores[0].dtype == torch.float16 else 1.0
+    absent = None if sample_weight is None else sample_weight == 0  # (B,)
+    with torch.no_grad(), autocast_disabled(scores[0].device):
+        errors = torch.zeros(samples, dtype=dtype, device=scores[0].device)
+        for rows in _blocks(scores[0]):
+            some = [code[rows].to(dtype) for code in codes]
+            of_all = reduce(torch.add, some)
+            mass_of_all = of_all.sum(dim=-1)
+            for view, view_scores in enumerate(scores):
+                residual = None if residuals is None else residuals[view][rows]
+                others = some[:view] + some[view + 1 :]
+                if view >= len(codes):
+                    target, mass = of_all, mass_of_all
+                elif others:
+                    target = reduce(torch.add, others)
+                    mass = target.sum(dim=-1)
+                else:  # the only code is its own: nothing to predict
+                    if residual is not None:
+                        residual.zero_()
+                    continue
+                errors[rows] += prediction_error(
+                    view_scores[rows], target, mass, temperature, residual, scale
+                )
+                if absent is not None and residual is not None:
+                    residual.masked_fill_(absent[rows].unsqueeze(-1), 0)
+
+        if sample_weight is None or absent is None:
+            share = torch.full_like(errors, 1 / max(samples, 1))
+        else:
+            errors = errors.masked_fill(absent, 0)
+            weight = sample_weight.to(dtype)
+            total = weight.sum()
+            share = weight / torch.where(total == 0, 1, total)
+        pairs = len(codes) * (len(scores) - 1)
+        factor = share / (temperature * pairs * scale)
+        return (share * errors).sum() / pairs, factor.unsqueeze(-1)
+
+
+def _blocks(scores: Tensor) -> Iterator[slice]:
+    """Yield which of the samples of (B, K) to take at once."""
+    samples, prototypes = scores.shape
+    if scores.device.type != "cpu" or torch.compiler.is_compiling():
+        yield slice(None)
+        return
+    rows = max(_ENTRIES_OF_A_BLOCK // prototypes, 1)
+    for first in range(0, samples, rows):
+        yield slice(first, first + rows)
+
+
+class _LossOfScores(torch.autograd.Function):
+    """A loss that is known together with its gradient: the scores get residual · factor."""
+
+    @staticmethod
+    def forward(loss: Tensor, factor: Tensor, *residuals_and_scores: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        _, factor, *others = inputs
+        ctx.save_for_backward(factor, *others[: len(others) // 2])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
+        factor, *residuals = ctx.saved_tensors
+        factor = factor * gradient
+        wanted = ctx.needs_input_grad[-len(residuals) :]
+        # In the dtype of factor, but for what is written.
+        gradients = [
+            torch.mul(residual, factor, out=torch.empty_like(residual)) if wants else None
+            for residual, wants in zip(residuals, wanted, strict=True)
+        ]
+        return (None, None, *[None] * len(residuals), *gradients)
+
+
+class _LossOfFactors(torch.autograd.Function):
+    """A loss that is known together with its gradient, passed on to the factors of the scores."""
+
+    @staticmethod
+    def forward(
+        loss: Tensor, factor: Tensor, residual: Tensor, features: Tensor, directions: Tensor
+    ) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
+        factor, residual, features, directions = ctx.saved_tensors
+        factor = factor * gradient
+        to_features = to_directions = None
+        with autocast_disabled(residual.device):
+            if ctx.needs_input_grad[3]:
+                products = residual @ directions.to(residual.dtype)  # (V, B, D)
+                to_features = (products * factor).to(features.dtype)
+            if ctx.needs_input_grad[4]:
+                scaled = (features * factor).to(residual.dtype)
+                products = residual.flatten(0, 1).T @ scaled.flatten(0, 1)  # (K, D)
+                to_directions = products.to(directions.dtype)
+        return None, None, None, to_features, to_directions
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "the swapped prediction loss has no second derivative: its gradient is computed along "
+            "with its value, and is a constant from then on; expected a backward pass without "
+            "create_graph=True"
+        )
 
 
 def _check_pairing(scores: list[Tensor], codes: list[Tensor]) -> None:

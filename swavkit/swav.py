@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swavkit import _checks
@@ -13,7 +14,7 @@ from swavkit._precision import at_least_float32
 from swavkit.feature_queue import FeatureQueue
 from swavkit.prototypes import PrototypeLayer, unit_rows
 from swavkit.sinkhorn import SinkhornKnopp
-from swavkit.swapped_prediction import SwappedPredictionLoss
+from swavkit.swapped_prediction import SwappedPredictionLoss, loss_of_factors
 
 if TYPE_CHECKING:
     from swavkit._distributed import ProcessGroup
@@ -44,12 +45,17 @@ class SwAVLoss(nn.Module):
         value = loss(scores, codes)
         queue.push(unit_rows(features[:A]))
 
+    While nobody looks at the parts, by hooks or by asking for details, the gradient of the scores
+    goes to features and prototypes without being held: the same numbers, with one matrix of the
+    size of the scores instead of three.
+
     Parameters and state belong to the module: give its parameters to the optimizer, save its
     ``state_dict()``, and in a distributed job wrap it in DDP, alone or inside the model.
 
     Args:
         feature_dim: D, the number of features.
-        num_prototypes: K, the number of prototypes.
+        num_prototypes: K, the number of prototypes; or a sequence of numbers for as many heads,
+            each with prototypes and codes of its own: the loss is the mean over heads.
         num_code_views: A, how many of the views, the first ones, give codes.
         temperature: The softmax temperature τ of the predictions.
         epsilon: The entropy temperature ε of the codes.
@@ -60,11 +66,14 @@ class SwAVLoss(nn.Module):
         freeze_steps: For how many training steps the prototypes get a gradient of zeros. Weight
             decay may rescale them meanwhile, which changes no score; Adam's coupled decay can turn
             them, and so can SGD with momentum and a decay of several per cent a step.
+        prototype_gradient: How the norm of the stored prototypes is differentiated, see
+            :class:`PrototypeLayer`.
         process_group: The processes that share the batch for codes; the default group if ``None``.
         synchronize: Whether to share the batch for codes with other processes in training mode.
 
     Attributes:
-        prototypes: The :class:`PrototypeLayer`.
+        prototypes: The :class:`PrototypeLayer`; for a sequence of numbers, of length 1 too, a
+            ``ModuleList`` of them.
         sinkhorn: The :class:`SinkhornKnopp`.
         loss: The :class:`SwappedPredictionLoss`.
         queue: The :class:`FeatureQueue`, or ``None`` without one.
@@ -73,6 +82,7 @@ class SwAVLoss(nn.Module):
     Raises:
         TypeError: If a setting or an input is of the wrong type.
         ValueError: If a setting is out of range or a shape or device does not fit.
+        RuntimeError: In a backward pass with ``create_graph=True``: there is no second derivative.
 
     Example:
         >>> criterion = SwAVLoss(feature_dim=16, num_prototypes=10)
@@ -88,7 +98,7 @@ class SwAVLoss(nn.Module):
     def __init__(
         self,
         feature_dim: int,
-        num_prototypes: int,
+        num_prototypes: int | Sequence[int],
         *,
         num_code_views: int = 2,
         temperature: float = 0.1,
@@ -97,6 +107,7 @@ class SwAVLoss(nn.Module):
         queue_length: int = 0,
         queue_start: int = 0,
         freeze_steps: int = 0,
+        prototype_gradient: Literal["tangent", "published"] = "tangent",
         process_group: ProcessGroup | None = None,
         synchronize: bool = True,
     ) -> None:
@@ -105,7 +116,18 @@ class SwAVLoss(nn.Module):
         queue_length = _checks.non_negative_int("queue_length", queue_length)
         self.queue_start = _checks.non_negative_int("queue_start", queue_start)
         self.freeze_steps = _checks.non_negative_int("freeze_steps", freeze_steps)
-        self.prototypes = PrototypeLayer(feature_dim, num_prototypes)
+        self.prototypes: PrototypeLayer | nn.ModuleList
+        if isinstance(num_prototypes, (list, tuple)):
+            sizes = _checks.positive_ints("num_prototypes", num_prototypes)
+            self.prototypes = nn.ModuleList(
+                PrototypeLayer(feature_dim, size, gradient=prototype_gradient) for size in sizes
+            )
+        else:
+            self.prototypes = PrototypeLayer(
+                feature_dim,
+                num_prototypes,  # type: ignore[arg-type]
+                gradient=prototype_gradient,
+            )
         self.sinkhorn = SinkhornKnopp(
             epsilon, iterations, process_group=process_group, synchronize=synchronize
         )
@@ -131,7 +153,7 @@ class SwAVLoss(nn.Module):
         *,
         sample_weight: Tensor | None = None,
         return_details: Literal[True],
-    ) -> tuple[Tensor, SwAVDetails]: ...
+    ) -> tuple[Tensor, SwAVDetails | tuple[SwAVDetails, ...]]: ...
 
     def forward(
         self,
@@ -139,7 +161,7 @@ class SwAVLoss(nn.Module):
         *,
         sample_weight: Tensor | None = None,
         return_details: bool = False,
-    ) -> Tensor | tuple[Tensor, SwAVDetails]:
+    ) -> Tensor | tuple[Tensor, SwAVDetails | tuple[SwAVDetails, ...]]:
         """Return the loss of one batch; in training mode count the step and fill the queue.
 
         Args:
@@ -151,22 +173,37 @@ class SwAVLoss(nn.Module):
 
         Returns:
             The loss, a scalar in float32 (float64 for float64 features), the mean over the local
-            batch; with ``return_details`` also the :class:`SwAVDetails`.
+            batch; with ``return_details`` also the :class:`SwAVDetails`, or for a sequence of heads
+            a tuple of them, one for each.
         """
+        heads = self._heads()
         views = _checks.views(
             "features",
             features,
             "features",
             least=max(2, self.num_code_views),
-            last=self.prototypes.feature_dim,
+            last=heads[0].feature_dim,
         )
         if sample_weight is not None:
             _checks.weight("sample_weight", sample_weight, (views[0].shape[:1],), views[0])
-        _checks.same_device("features", views[0], self.prototypes.weight)
+        _checks.same_device("features", views[0], heads[0].weight)
 
-        scores = self._scores(torch.stack(views), sample_weight)  # (V, B, K)
-        codes = self._codes(scores.detach()[: self.num_code_views], sample_weight)
-        loss: Tensor = self.loss(scores, codes, sample_weight)
+        together = features if isinstance(features, Tensor) else torch.stack(views)  # (V, B, D)
+        around = None
+        if sample_weight is not None:
+            # An absent sample may hold NaN. In the product that would reach every gradient, as
+            # 0 · NaN, so it goes around the product.
+            finite = together.detach().isfinite().all(dim=-1, keepdim=True)
+            around = (sample_weight == 0).unsqueeze(-1) & ~finite  # (V, B, 1)
+            together = together.masked_fill(around, 0)
+        losses, details = zip(
+            *(
+                self._loss_of_head(head, together, around, sample_weight, return_details)
+                for head in heads
+            ),
+            strict=True,
+        )
+        loss: Tensor = losses[0] if len(heads) == 1 else torch.stack(losses).mean()
 
         if self.training:
             if self.queue is not None:
@@ -174,29 +211,68 @@ class SwAVLoss(nn.Module):
                 newest = [unit_rows(view.detach()) for view in views[: self.num_code_views]]
                 self.queue.push(newest, valid=present)
             self.steps.add_(1)
-        return (loss, SwAVDetails(codes, scores.detach())) if return_details else loss
+        if not return_details:
+            return loss
+        return loss, details if isinstance(self.prototypes, nn.ModuleList) else details[0]
 
-    def _scores(self, features: Tensor, sample_weight: Tensor | None) -> Tensor:
+    def _heads(self) -> list[PrototypeLayer]:
+        several = isinstance(self.prototypes, nn.ModuleList)
+        return list(self.prototypes) if several else [self.prototypes]  # type: ignore[arg-type, list-item]
+
+    def _loss_of_head(
+        self,
+        head: PrototypeLayer,
+        features: Tensor,
+        around: Tensor | None,
+        sample_weight: Tensor | None,
+        return_details: bool,
+    ) -> tuple[Tensor, SwAVDetails]:
+        """Return the loss with one layer of prototypes.
+
+        Where ``around`` (V, B, 1) is true, the scores of ``features`` (V, B, D) count as NaN. The
+        scores in the details are only there if they are asked for.
+        """
         frozen = self.steps < self.freeze_steps if self.freeze_steps else None
-        if sample_weight is None:
-            scores: Tensor = self.prototypes(features, frozen=frozen)
-            return scores
-        # An absent sample may hold NaN. In the product that would reach every gradient, as 0 · NaN,
-        # so it goes around the product.
-        finite = features.detach().isfinite().all(dim=-1, keepdim=True)
-        around = (sample_weight == 0).unsqueeze(-1) & ~finite  # (V, B, 1)
-        scores = self.prototypes(features.masked_fill(around, 0), frozen=frozen)
-        return scores.masked_fill(around, torch.nan)
+        unobserved = all(
+            _is_plainly(part, kind)
+            for part, kind in (
+                (head, PrototypeLayer),
+                (self.sinkhorn, SinkhornKnopp),
+                (self.loss, SwappedPredictionLoss),
+            )
+        )
+        if unobserved:
+            factors = head._factors(features, frozen)
+            scores = F.linear(*factors)
+        else:
+            scores = head(features, frozen=frozen)  # (V, B, K)
+        if around is not None:
+            scores = scores.masked_fill(around, torch.nan)
+        constant = scores.detach()
+        codes = self._codes(head, constant[: self.num_code_views], sample_weight)
+        # Features times their factor would leave the range of float16 in a batch of thousands.
+        if unobserved and scores.dtype != torch.float16:
+            loss = loss_of_factors(
+                *factors,
+                constant,
+                codes,
+                temperature=self.loss.temperature,
+                sample_weight=sample_weight,
+                residual=None if return_details else constant,
+            )
+        else:
+            loss = self.loss(scores, codes, sample_weight)
+        return loss, SwAVDetails(codes, constant)
 
     @torch.no_grad()
-    def _codes(self, scores: Tensor, sample_weight: Tensor | None) -> Tensor:
+    def _codes(self, head: PrototypeLayer, scores: Tensor, sample_weight: Tensor | None) -> Tensor:
         """Return the codes of the current samples, (A, B, K), computed along with the queue."""
         scores = scores.to(at_least_float32(scores.dtype))  # so that the codes stay float32
         if self.queue is None:
             codes: Tensor = self.sinkhorn(scores, sample_weight)
             return codes
         samples = scores.shape[1]
-        recent = self.prototypes(self.queue.features).to(scores.dtype)
+        recent = head(self.queue.features).to(scores.dtype)
         takes_part = self.queue.valid & (self.steps >= self.queue_start)
         present = takes_part.new_ones(samples) if sample_weight is None else sample_weight
         weight = torch.cat([present, takes_part.to(present.dtype)])
@@ -209,3 +285,14 @@ class SwAVLoss(nn.Module):
             f"num_code_views={self.num_code_views}, queue_start={self.queue_start}, "
             f"freeze_steps={self.freeze_steps}"
         )
+
+
+def _is_plainly(part: nn.Module, kind: type[nn.Module]) -> bool:
+    """Tell whether a part is what it was made as, and nothing is hooked onto it."""
+    return type(part) is kind and not (
+        "forward" in vars(part)
+        or part._forward_hooks
+        or part._forward_pre_hooks
+        or part._backward_hooks
+        or part._backward_pre_hooks
+    )

@@ -12,7 +12,7 @@ import multiprocessing
 import multiprocessing.connection
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ class RankError(Exception):
 
 
 class Ranks:
-    """``size`` processes with an initialised default group (gloo)."""
+    """``size`` processes with an initialised default group (gloo), with a timeout in seconds."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, seconds: float = SECONDS) -> None:
         self.size = size
         self._meeting = tempfile.TemporaryDirectory()
         # Forked from a server that has imported torch and has never computed anything.
@@ -41,7 +41,7 @@ class Ranks:
             ours, theirs = context.Pipe()
             meeting = str(Path(self._meeting.name) / "meeting")
             process = context.Process(
-                target=_serve, args=(rank, size, meeting, theirs), daemon=True
+                target=_serve, args=(rank, size, meeting, seconds, theirs), daemon=True
             )
             process.start()
             theirs.close()
@@ -49,12 +49,19 @@ class Ranks:
             self._processes.append(process)
         self.alive = True
 
-    def run(self, work: Callable[..., Any], arguments: Sequence[Any] | None = None) -> list[Any]:
+    def run(
+        self,
+        work: Callable[..., Any],
+        arguments: Sequence[Any] | None = None,
+        *,
+        lost: Collection[int] = (),
+    ) -> list[Any]:
         """Call ``work(rank, argument)`` in every process and return the results in their order.
 
         Args:
             work: A function at the top of a module.
             arguments: One for each rank; ``work(rank)`` is called without.
+            lost: The ranks that must die of it, and whose result is ``None``.
 
         Raises:
             RankError: If a process raised, died or took too long.
@@ -72,8 +79,10 @@ class Ranks:
                 rank = waiting.pop(connection)  # type: ignore[call-overload]
                 try:
                     done, value = connection.recv()  # type: ignore[union-attr]
-                except EOFError:
-                    done, value = False, "the process died"
+                    if rank in lost:
+                        done, value = False, f"the process should have died, got {value!r}"
+                except (EOFError, ConnectionResetError):
+                    done, value = (True, None) if rank in lost else (False, "the process died")
                 if done:
                     results[rank] = value
                 else:
@@ -81,6 +90,8 @@ class Ranks:
         if errors:
             self.close()  # others may still wait for the one that failed
             raise RankError("\n".join(f"rank {rank}: {text}" for rank, text in errors.items()))
+        if lost:
+            self.close()
         return [results[rank] for rank in range(self.size)]
 
     def close(self) -> None:
@@ -95,7 +106,11 @@ class Ranks:
 
 
 def _serve(
-    rank: int, size: int, meeting: str, connection: multiprocessing.connection.Connection
+    rank: int,
+    size: int,
+    meeting: str,
+    seconds: float,
+    connection: multiprocessing.connection.Connection,
 ) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -103,7 +118,7 @@ def _serve(
         init_method=f"file://{meeting}",
         rank=rank,
         world_size=size,
-        timeout=datetime.timedelta(seconds=SECONDS),
+        timeout=datetime.timedelta(seconds=seconds),
     )
     while True:
         try:

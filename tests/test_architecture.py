@@ -88,6 +88,7 @@ def test_components_know_no_other_but_groups_a_default_step_and_masses() -> None
         ("multicrop", "photometric"),
         ("crop_group", "photometric"),
         ("sinkhorn", "marginals"),
+        ("checkpoints", "feature_queue"),
     }
 
 

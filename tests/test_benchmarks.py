@@ -249,7 +249,7 @@ def test_the_quick_run_reports_what_it_measured(tmp_path: Path) -> None:
     assert report["quick"] is True
     assert report["environment"]["threads"] == 1
     assert report["environment"]["torch"] == torch.__version__
-    assert {row["suite"] for row in report["results"]} == {"sinkhorn", "loss"}
+    assert {row["suite"] for row in report["results"]} == {"sinkhorn", "loss", "queue"}
     for package in peers.missing():
         assert f"sinkhorn: {package} is not installed, and is left out" in run.stdout
     for row in report["results"]:
@@ -274,5 +274,5 @@ def test_the_quick_run_reports_what_it_measured(tmp_path: Path) -> None:
 def test_an_unknown_suite_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["sinkhorm"])
-    message = "SUITE must be any of sinkhorn, loss, multicrop, kernels, got 'sinkhorm'"
+    message = "SUITE must be any of sinkhorn, loss, queue, multicrop, kernels, got 'sinkhorm'"
     assert message in capsys.readouterr().err

@@ -16,13 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from swavkit import FeatureQueue
+from swavkit import FeatureQueue, PrototypeLayer
 from tests import oracles, tolerances
 from tests.modes import CountingBackend, RefuseSynchronisation
 from tests.states import same, snapshot
 
-KEYS = ["features", "valid", "position", "rejected"]
+KEYS = ["features", "valid", "position", "rejected", "written", "pushes"]
 
 
 @st.composite
@@ -184,6 +186,72 @@ def test_a_queue_is_true_even_when_it_is_empty() -> None:
     assert bool(queue) is True
 
 
+def ages(length: int, batches: list[np.ndarray]) -> list[int]:
+    """How many batches ago a usable sample was written to each slot, or -1; sample by sample."""
+    written: list[int | None] = [None] * length
+    position = 0
+    for number, batch in enumerate(batches):
+        for sample in np.moveaxis(batch, 1, 0):
+            written[position] = number if np.isfinite(sample).all() else None
+            position = (position + 1) % length
+    return [-1 if number is None else len(batches) - 1 - number for number in written]
+
+
+@given(pushes())
+def test_the_age_of_a_slot_is_how_many_pushes_ago_it_was_written(
+    problem: tuple[int, list[np.ndarray]],
+) -> None:
+    length, batches = problem
+    views, _, features = batches[0].shape if batches else (2, 0, 3)
+    queue = FeatureQueue(length, features, views).double()
+    assert queue.age.tolist() == [-1] * length
+    for done, batch in enumerate(batches, start=1):
+        queue.push(torch.tensor(batch))
+        assert queue.age.tolist() == ages(length, batches[:done])
+    assert queue.pushes == len(batches)
+
+
+def test_a_push_of_nothing_makes_all_a_push_older(device: torch.device) -> None:
+    queue = filled(3, device=device)
+    queue.push(torch.zeros(2, 0, 3, device=device))
+    assert queue.age.tolist() == [1, 1, 1, -1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_features_can_be_stored_in_another_dtype(device: torch.device, dtype: torch.dtype) -> None:
+    queue = FeatureQueue(4, 3, dtype=dtype).to(device)
+    assert queue.features.dtype == dtype
+    features = torch.randn(2, 3, 3, device=device)
+    queue.push(features)
+    assert torch.equal(queue.features[:, :3], features.to(dtype))
+    # What is saved in one dtype loads into another.
+    wide = FeatureQueue(4, 3, dtype=torch.float64).to(device)
+    wide.load_state_dict(queue.state_dict())
+    assert torch.equal(wide.features, queue.features.double())
+    narrow = FeatureQueue(4, 3, dtype=dtype).to(device)
+    narrow.load_state_dict(wide.state_dict())
+    assert narrow.features.dtype == dtype
+    assert same(snapshot(narrow), snapshot(queue))
+
+
+def test_half_precision_is_shown_and_takes_half_the_memory() -> None:
+    half, single = FeatureQueue(4, 3, dtype=torch.float16), FeatureQueue(4, 3)
+    assert repr(half) == "FeatureQueue(length=4, feature_dim=3, num_views=2, dtype=torch.float16)"
+    assert 2 * half.features.nbytes == single.features.nbytes
+
+
+def test_prototypes_score_what_is_stored_in_half_precision(device: torch.device) -> None:
+    prototypes = PrototypeLayer(3, 5).to(device)
+    features = torch.nn.functional.normalize(torch.randn(2, 4, 3, device=device), dim=-1)
+    for dtype in (torch.float16, torch.bfloat16):
+        queue = FeatureQueue(4, 3, dtype=dtype).to(device)
+        queue.push(features)
+        scores = prototypes(queue.features)
+        assert scores.dtype == torch.float32
+        tolerance = 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(scores, prototypes(features), rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_a_push_stores_in_eval_and_without_gradients(
     device: torch.device, mode: Callable[[], AbstractContextManager[Any]]
@@ -212,6 +280,8 @@ def test_the_state_is_in_the_state_dict_and_nowhere_else() -> None:
         "valid": ((4,), torch.bool),
         "position": ((), torch.int64),
         "rejected": ((), torch.int64),
+        "written": ((4,), torch.int64),
+        "pushes": ((), torch.int64),
     }
 
 
@@ -231,7 +301,7 @@ def test_the_state_survives_a_round_trip_and_the_ring_goes_on() -> None:
 def test_the_state_carries_the_prefix_of_the_modules_around_it() -> None:
     outer = nn.ModuleDict({"recent": filled(), "head": nn.Linear(2, 2)})
     state = outer.state_dict()
-    assert sorted(state) == sorted(["head.weight", "head.bias", *(f"recent.{k}" for k in KEYS)])
+    assert set(state) == {"head.weight", "head.bias", *(f"recent.{key}" for key in KEYS)}
     twin = nn.ModuleDict({"recent": FeatureQueue(4, 3), "head": nn.Linear(2, 2)})
     twin.load_state_dict(state)
     assert same(snapshot(twin["recent"]), snapshot(outer["recent"]))
@@ -258,6 +328,24 @@ def test_a_state_of_another_size_is_refused_and_changes_nothing(
         queue.load_state_dict(other.state_dict(), assign=assign)
     with pytest.raises(RuntimeError, match=text):
         queue.load_state_dict(other.state_dict(), strict=False, assign=assign)
+    assert same(snapshot(queue), before)
+
+
+def test_a_state_without_ages_counts_as_written_by_the_latest_push() -> None:
+    saved = filled(5)
+    old = {key: value for key, value in snapshot(saved).items() if key not in ("written", "pushes")}
+    queue = filled(2)  # whose own ages must not stay
+    queue.load_state_dict(old)
+    assert same({key: snapshot(queue)[key] for key in old}, old)
+    assert queue.age.tolist() == [0, 0, 0, 0]
+    queue.push(torch.randn(2, 1, 3))
+    assert queue.age.tolist() == [1, 0, 1, 1]
+
+
+def test_a_state_without_features_leaves_the_ages_alone() -> None:
+    queue = filled()
+    before = snapshot(queue)
+    queue.load_state_dict({}, strict=False)
     assert same(snapshot(queue), before)
 
 
@@ -316,6 +404,8 @@ def test_features_change_dtype_with_the_module_and_counts_do_not(
         "valid": torch.bool,
         "position": torch.int64,
         "rejected": torch.int64,
+        "written": torch.int64,
+        "pushes": torch.int64,
     }
     assert len(queue) == 3
     queue.push(torch.ones(2, 2, 3, device=device))
@@ -348,14 +438,43 @@ def test_no_value_is_read_on_the_host(device: torch.device) -> None:
             queue.push(batch)
         queue.push(torch.randn(2, 2, 3, device=device), valid=mark)
         assert bool(queue)
+        assert queue.age.shape == (4,)
         with pytest.raises(RuntimeError, match="waits for the device"):
             len(queue)  # as the documentation says
 
 
+class NewTensors(TorchDispatchMode):
+    """Adds up the entries of all tensors that operations make, in place ones aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func._schema.is_mutable:
+            self.numel += sum(leaf.numel() for leaf in tree_leaves(result))
+        return result
+
+
+def test_what_a_push_makes_grows_with_the_batch_and_not_with_the_length() -> None:
+    def made(length: int, samples: int) -> int:
+        queue, features = FeatureQueue(length, 3), torch.randn(2, samples, 3)
+        with NewTensors() as new:
+            queue.push(features)
+        return new.numel
+
+    assert made(10_000, 5) == made(10, 5) < 1_000
+    assert made(10_000, 5_000) > 500 * made(10_000, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("samples", [2, 6])
-def test_pushes_compile_once(device: torch.device, samples: int) -> None:
+def test_pushes_compile_once(device: torch.device, samples: int, dtype: torch.dtype) -> None:
     backend = CountingBackend()
-    queue, eager = FeatureQueue(4, 3).to(device), FeatureQueue(4, 3).to(device)
+    queue, eager = (FeatureQueue(4, 3, dtype=dtype).to(device) for _ in range(2))
     compiled = torch.compile(queue.push, fullgraph=True, backend=backend)
     for batch in batches_of(device, *[samples] * 5):
         compiled(batch)
@@ -450,6 +569,12 @@ def test_a_bad_size_is_named(name: str, value: Any, error: type[Exception], text
     sizes = {"length": 4, "feature_dim": 3, "num_views": 2, name: value}
     with pytest.raises(error, match=text.format(name)):
         FeatureQueue(**sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, "half", 16])
+def test_a_bad_dtype_is_named(dtype: Any) -> None:
+    with pytest.raises(ValueError, match=r"dtype must be None or torch\.float16 or .*, got "):
+        FeatureQueue(4, 3, dtype=dtype)
 
 
 @pytest.mark.parametrize(("inputs", "error", "text"), BAD_PUSHES)

@@ -19,6 +19,7 @@ from torch import Tensor
 from swavkit import PrototypeLayer
 from tests import oracles, tolerances
 from tests.modes import CountingBackend, RefuseSynchronisation
+from tests.optimizers import Lars, adam, adam_with_coupled_decay, adamw, sgd
 from tests.strategies import reals
 
 ANY_DTYPE = pytest.mark.parametrize("dtype", tolerances.DTYPES, ids=str)
@@ -198,6 +199,23 @@ def test_the_tangent_gradient_is_that_of_the_value() -> None:
 
     weight = (2 * torch.randn(3, 4, dtype=torch.float64)).requires_grad_()
     assert torch.autograd.gradcheck(scores, (features, weight))
+    assert torch.autograd.gradgradcheck(scores, (features, weight))
+
+
+@GRADIENTS
+def test_derivatives_of_any_order_and_kind_agree(gradient: str) -> None:
+    layer = layer_of(2 * torch.randn(3, 4, dtype=torch.float64), gradient=gradient)
+    weight = layer.weight.detach().clone()
+    features = torch.randn(5, 4, dtype=torch.float64)
+
+    def loss(weight: Tensor, features: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"weight": weight}, features).sin().sum()
+
+    layer(features).sin().sum().backward()
+    found = torch.func.grad(loss)(weight, features)
+    torch.testing.assert_close(found, layer.weight.grad, rtol=0, atol=1e-12)
+    of_samples = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weight, features)
+    torch.testing.assert_close(of_samples.sum(dim=0), found, rtol=0, atol=1e-12)
 
 
 def test_the_published_gradient_takes_the_norm_as_a_constant(device: torch.device) -> None:
@@ -296,25 +314,9 @@ def test_not_frozen_is_as_if_nothing_was_said(device: torch.device, gradient: st
     assert torch.equal(found, expected)
 
 
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.3, momentum=0.9, weight_decay=1e-3)
-
-
-def adam(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, lr=0.01)
-
-
-def adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
-
-
-def adam_with_coupled_decay(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, lr=0.01, weight_decay=0.1)
-
-
 @pytest.mark.parametrize(
     ("optimizer_of", "turns"),
-    [(sgd, False), (adam, False), (adamw, False), (adam_with_coupled_decay, True)],
+    [(sgd, False), (adam, False), (adamw, False), (Lars, False), (adam_with_coupled_decay, True)],
 )
 def test_only_coupled_decay_of_adam_turns_frozen_prototypes(
     optimizer_of: Callable[[Any], torch.optim.Optimizer], turns: bool
@@ -393,6 +395,79 @@ def test_parameters_are_drawn_anew_in_place_from_the_global_generator() -> None:
     torch.manual_seed(3)
     layer.reset_parameters()
     assert torch.equal(layer.weight, start)
+
+
+def test_as_many_features_as_prototypes_become_them_in_their_order(device: torch.device) -> None:
+    layer = PrototypeLayer(4, 5).to(device)
+    parameter = layer.weight
+    centres = torch.randn(5, 4, device=device, requires_grad=True)
+    assert layer.initialize_(7 * centres) is None
+    assert layer.weight is parameter
+    assert layer.weight.requires_grad
+    assert not layer.directions.requires_grad
+    expected = F.normalize(centres.detach(), dim=-1)
+    torch.testing.assert_close(layer.weight.detach(), expected, rtol=0, atol=1e-6)
+    assert layer.assign(centres).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("shape", [(40, 4), (2, 20, 4)], ids=str)
+def test_of_more_features_different_ones_are_drawn(
+    device: torch.device, shape: tuple[int, ...]
+) -> None:
+    features = torch.randn(shape, device=device)
+    layer, twin = (PrototypeLayer(4, 30).to(device) for _ in range(2))
+    state = torch.get_rng_state()
+    for each in (layer, twin):
+        each.initialize_(features, generator=torch.Generator(device).manual_seed(3))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(layer.weight, twin.weight)
+    cosines = F.normalize(features.flatten(0, -2), dim=-1) @ layer.directions.T
+    assert torch.allclose(cosines.amax(dim=0), torch.ones(30, device=device), atol=1e-6)
+    assert len(cosines.argmax(dim=0).unique()) == 30
+    twin.initialize_(features, generator=torch.Generator(device).manual_seed(4))
+    assert not torch.equal(layer.weight, twin.weight)
+    torch.manual_seed(5)
+    layer.initialize_(features)
+    torch.manual_seed(5)
+    twin.initialize_(features)
+    assert torch.equal(layer.weight, twin.weight)
+
+
+@pytest.mark.parametrize("samples", [5, 8])
+def test_features_without_a_direction_make_no_prototype(device: torch.device, samples: int) -> None:
+    layer = PrototypeLayer(4, 5).to(device)
+    start = layer.weight.detach().clone()
+    features = torch.randn(samples, 4, device=device)
+    features[0], features[2, 1], features[3, 3] = 0, math.nan, math.inf
+    with RefuseSynchronisation():
+        layer.initialize_(features)
+    norms = layer.weight.norm(dim=-1)
+    torch.testing.assert_close(norms, torch.ones_like(norms), rtol=0, atol=1e-6)
+    kept = (layer.weight == start).all(dim=-1)
+    assert kept.sum() == (3 if samples == 5 else 0)
+    if samples == 5:
+        assert kept.tolist() == [True, False, True, True, False]
+    cosines = F.normalize(features[[1, 4, *range(5, samples)]], dim=-1) @ layer.directions.T
+    assert (cosines > 1 - 1e-6).sum() == samples - 3
+
+
+def test_prototypes_start_from_features_of_any_dtype(device: torch.device) -> None:
+    for dtype in tolerances.DTYPES:
+        layer = PrototypeLayer(4, 5).to(device)
+        features = torch.randn(9, 4, device=device).to(dtype)
+        layer.initialize_(features)
+        assert layer.weight.dtype == torch.float32
+        cosines = F.normalize(features.double(), dim=-1) @ layer.directions.double().T
+        assert (cosines.amax(dim=0) > 1 - 1e-6).all()
+
+
+@pytest.mark.parametrize("samples", [0, 4])
+def test_too_few_features_to_start_from_are_named(samples: int) -> None:
+    layer = PrototypeLayer(4, 5)
+    before = layer.weight.detach().clone()
+    with pytest.raises(ValueError, match=f"features must hold at least 5 samples.*got {samples}"):
+        layer.initialize_(torch.randn(samples, 4))
+    assert torch.equal(layer.weight, before)
 
 
 def test_assignment_is_the_nearest_prototype(device: torch.device) -> None:
@@ -554,4 +629,6 @@ def test_bad_features_are_named(value: Any, error: type[Exception], text: str) -
         layer(value)
     with pytest.raises(error, match=text):
         layer.assign(value)
+    with pytest.raises(error, match=text):
+        layer.initialize_(value)
     assert torch.equal(layer.weight, before)

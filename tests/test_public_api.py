@@ -42,9 +42,10 @@ CALLS = {
     "PrototypeLayer.normalize_": "(self)",
     "PrototypeLayer.assign": "(self, features)",
     "PrototypeLayer.reset_parameters": "(self)",
+    "PrototypeLayer.initialize_": "(self, features, *, generator=None)",
     "SwappedPredictionLoss": "(temperature=0.1)",
     "SwappedPredictionLoss.forward": "(self, scores, codes, sample_weight=None)",
-    "FeatureQueue": "(length, feature_dim, num_views=2)",
+    "FeatureQueue": "(length, feature_dim, num_views=2, *, dtype=None)",
     "FeatureQueue.push": "(self, features, *, valid=None)",
     "FeatureQueue.__len__": "(self)",
     "FeatureQueue.__bool__": "(self)",
@@ -59,15 +60,17 @@ CALLS = {
     "return_boxes=False)",
     "SwAVLoss": "(feature_dim, num_prototypes, *, num_code_views=2, temperature=0.1, "
     "epsilon=0.05, iterations=3, queue_length=0, queue_start=0, freeze_steps=0, "
-    "process_group=None, synchronize=True)",
+    "prototype_gradient='tangent', process_group=None, synchronize=True)",
     "SwAVLoss.forward": "(self, features, *, sample_weight=None, return_details=False)",
     "SwAVDetails": "(codes, scores)",
+    "sharded_state_dict": "(module, *, checkpoint=None, process_group=None)",
+    "load_sharded_state_dict": "(module, state_dict, *, strict=True, process_group=None)",
 }
 # What a class offers beyond the members of nn.Module and the fields of a dataclass.
 MEMBERS = {
     "SinkhornKnopp": {"process_group"},
-    "PrototypeLayer": {"directions", "normalize_", "assign", "reset_parameters"},
-    "FeatureQueue": {"push"},
+    "PrototypeLayer": {"directions", "normalize_", "assign", "reset_parameters", "initialize_"},
+    "FeatureQueue": {"push", "age"},
 }
 CLASSES = [name for name in swavkit.__all__ if isinstance(getattr(swavkit, name), type)]
 

@@ -575,7 +575,8 @@ def small_blocks() -> Iterator[None]:
         patch.object(_plan, "_ENTRIES_OF_A_BLOCK", 20),
         patch.object(_plan, "_SAMPLES_OF_A_BLOCK", 4),
         patch.object(_plan, "_PARTS_OF_A_PRODUCT", 2),
-        patch.object(_plan, "_SAMPLES_OF_A_PART", 2),
+        patch.object(_plan, "_ENTRIES_OF_A_PART", 4),
+        patch.object(_plan, "_ENTRIES_AT_ONCE", 0),
     ):
         yield
 

@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import ot
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment, linprog
 
-from swavkit import sinkhorn_knopp
+from swavkit import _plan, sinkhorn_knopp
 from tests import oracles, tolerances
 from tests.strategies import reals
 
@@ -257,6 +258,26 @@ def test_all_prototypes_but_one_near_a_single_sample_for_up_to_a_hundred_iterati
             held = torch.tensor(scores).to(device, dtype)
             codes = sinkhorn_knopp(held, epsilon=0.01, iterations=iterations)
             assert_codes(codes, expected, epsilon=0.01, largest=1, case=(dtype, iterations))
+
+
+@pytest.mark.parametrize("weight", [None, torch.bool, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_rounding_of_large_potentials_does_not_add_up(
+    device: torch.device, dtype: torch.dtype, weight: torch.dtype | None
+) -> None:
+    """log u is 1e4 here, where float32 is coarser than 1e-3; the exponents are exact."""
+    scores = grid(90, 20, step=2.0**-6, most=2**10)
+    iterations = [1, 4, 5, 6, 10, 60, 100]
+    sample_weight = None if weight is None else torch.ones(90, dtype=weight, device=device)
+    for count, log_codes in log_codes_after(iterations, scores, SMALL):
+        codes = sinkhorn_knopp(
+            torch.tensor(scores, dtype=dtype, device=device),
+            epsilon=SMALL,
+            iterations=count,
+            sample_weight=sample_weight,
+        )
+        error = np.abs(in_float64(codes) - np.exp(log_codes)).max()
+        assert error <= tolerances.ATOL[dtype], (count, error)
 
 
 @pytest.mark.parametrize(
@@ -615,7 +636,11 @@ def test_any_problem_at_any_corner_has_the_codes_of_the_equations(
     if data.draw(st.booleans(), label="transposed in memory"):
         scores = scores.mT.contiguous().mT
     low = data.draw(st.sampled_from([None, torch.bfloat16, torch.float16]))
-    with torch.autocast("cpu", dtype=low) if low else contextlib.nullcontext():
+    at_once = data.draw(st.sampled_from([0, 2**20]), label="entries that are computed at once")
+    with (
+        torch.autocast("cpu", dtype=low) if low else contextlib.nullcontext(),
+        patch.object(_plan, "_ENTRIES_AT_ONCE", at_once),
+    ):
         codes = sinkhorn_knopp(
             scores,
             epsilon=epsilon,

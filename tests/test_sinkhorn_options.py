@@ -833,6 +833,8 @@ def test_bad_values_are_found_in_every_dtype(device: torch.device, dtype: torch.
             "scores": with_entry(cosines(2, 6, 4), (1, 2), -math.inf),
             "sample_weight": torch.stack([ONES, with_entry(ONES, 2, 0.0)]),
         },
+        {"scores": cosines(2, 0, 4)},
+        {"scores": cosines(2, 0, 4), "sample_weight": ONES[:0]},
     ],
 )
 @pytest.mark.parametrize("options", [{}, *ON_THE_DEVICE, {"tolerance": 0.1}], ids=str)

@@ -28,11 +28,13 @@ from swavkit import (
 from tests import oracles, tolerances
 from tests.bad_input import BAD_SAMPLE_WEIGHTS
 from tests.modes import RefuseSynchronisation
+from tests.optimizers import Lars, adam, adamw, sgd
 from tests.states import same, snapshot
 
 CHECKPOINT = Path(__file__).resolve().parent / "data" / "swav_loss_v1.pt"
 DIMENSION, PROTOTYPES = 6, 5
-QUEUE_KEYS = ["queue.features", "queue.valid", "queue.position", "queue.rejected"]
+FIRST_QUEUE_KEYS = ["queue.features", "queue.valid", "queue.position", "queue.rejected"]
+QUEUE_KEYS = [*FIRST_QUEUE_KEYS, "queue.written", "queue.pushes"]
 
 
 def criterion_of(device: torch.device | str = "cpu", **settings: Any) -> SwAVLoss:
@@ -120,6 +122,11 @@ def test_without_a_queue_it_is_its_parts_to_the_last_digit(device: torch.device)
     assert torch.equal(loss, expected)
     found = gradients(loss, features, criterion.prototypes.weight)
     wanted = gradients(expected, features, prototypes.weight)
+    # The same products, multiplied by the same factor before or after.
+    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerances.ATOL[torch.float32])
+
+    criterion.loss.register_forward_hook(lambda *_: None)  # so that it goes by its parts
+    found = gradients(criterion(features), features, criterion.prototypes.weight)
     assert all(map(torch.equal, found, wanted))
 
 
@@ -263,6 +270,32 @@ def test_prototypes_are_frozen_for_so_many_training_steps(
         assert to_weight.any() == (step >= freeze_steps)
 
 
+@pytest.mark.parametrize("gradient", ["tangent", "published"])
+@pytest.mark.parametrize("optimizer_of", [sgd, adam, adamw, Lars])
+def test_frozen_prototypes_do_not_turn_and_then_do(
+    device: torch.device, optimizer_of: Callable[[Any], torch.optim.Optimizer], gradient: str
+) -> None:
+    settings = {"freeze_steps": 30, "queue_length": 10, "prototype_gradient": gradient}
+    criterion = criterion_of(device, **settings)
+    network = nn.Linear(DIMENSION, DIMENSION).to(device).double()
+    start, first = criterion.prototypes.directions, network.weight.detach().clone()
+    optimizer = optimizer_of([*network.parameters(), *criterion.parameters()])
+
+    def step() -> None:
+        optimizer.zero_grad()
+        criterion(network(features_of(device=device))).backward()
+        optimizer.step()
+
+    for _ in range(30):
+        step()
+    cosine = (start * criterion.prototypes.directions).sum(dim=-1)
+    torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-12)
+    assert (network.weight - first).abs().max() > 1e-3
+    for _ in range(3):
+        step()
+    assert ((start * criterion.prototypes.directions).sum(dim=-1) < 1 - 1e-8).all()
+
+
 def test_freezing_and_its_end_survive_a_checkpoint() -> None:
     criterion, twin = (criterion_of(freeze_steps=2) for _ in range(2))
     criterion(features_of())
@@ -390,7 +423,10 @@ def test_an_empty_batch_gives_zero_connected_to_the_graph(
     assert to_features.shape == features.shape
     assert not to_weight.any()
     after = snapshot(criterion)
-    assert {key for key in before if not torch.equal(before[key], after[key])} == {"steps"}
+    assert {key for key in before if not torch.equal(before[key], after[key])} == {
+        "steps",
+        *(["queue.pushes"] if queue_length else []),
+    }
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -514,7 +550,7 @@ def test_the_keys_of_the_state_are_these(queue_length: int) -> None:
 
 def test_every_version_loads_the_first_checkpoint() -> None:
     saved = torch.load(CHECKPOINT, weights_only=True)
-    assert list(saved["state_dict"]) == ["steps", "prototypes.weight", *QUEUE_KEYS]
+    assert list(saved["state_dict"]) == ["steps", "prototypes.weight", *FIRST_QUEUE_KEYS]
     criterion = SwAVLoss(**saved["settings"])
     criterion.load_state_dict(saved["state_dict"], strict=True)
     assert criterion.steps == 3
@@ -702,6 +738,12 @@ BAD_SETTINGS = [
             (True, TypeError, "{} must be an int, got bool"),
             ((5, 5), TypeError, "{} must be an int, got tuple"),
         ]
+        if not (name == "num_prototypes" and isinstance(value, tuple))  # which are heads
+    ),
+    (
+        {"prototype_gradient": "other"},
+        ValueError,
+        "gradient must be 'tangent' or 'published', got 'other'",
     ),
     *(
         ({name: value}, error, text.format(name))

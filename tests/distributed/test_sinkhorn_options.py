@@ -366,9 +366,15 @@ def test_nobody_on_any_rank_is_an_error_on_all(ranks: Ranks, options: dict[str, 
     ]
     text = "sample_weight must have a positive sum, got 0.0"
     assert outcomes_of_validation(ranks, parts, **options) == [text] * 3
+    del parts[1]["sample_weight"]  # which weighs nobody
+    assert outcomes_of_validation(ranks, parts, **options) == [text] * 3
 
 
 GOOD_PARTS = {
+    "nobody anywhere": [
+        {"scores": np.zeros((0, 5))} | ({"sample_weight": np.zeros(0)} if rank else {})
+        for rank in range(3)
+    ],
     "uneven": [{"scores": cosines(rank, 3 * rank, 5)} for rank in range(3)],
     "nobody on one rank": [
         {"scores": cosines(rank, 4, 5), "sample_weight": np.full(4, float(rank))}

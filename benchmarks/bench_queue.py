@@ -1,0 +1,134 @@
+"""One write to the feature queue, beside the published shift of the whole queue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.harness import OURS, Calls, Suite
+from swavkit import FeatureQueue
+from tests import oracles
+
+FEATURE_DIM = 128
+CODE_VIEWS = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Features (2, B, 128) of a step, to be stored in a queue.
+
+    With ``other_length`` the queue is compared with a longer one and not with the published one:
+    what runs before a call decides what is in the cache, and should be the same for both.
+    """
+
+    samples: int
+    length: int
+    other_length: int | None = None
+
+    def __str__(self) -> str:
+        slots = f"{self.length:,}" + (f" and {self.other_length:,}" if self.other_length else "")
+        return f"{CODE_VIEWS} views of {self.samples:,} into {slots} slots"
+
+    @property
+    def tolerance(self) -> float:
+        """Features are stored as they are: nothing is rounded."""
+        return 1e-12
+
+    def steps(self, number: int) -> Iterator[Tensor]:
+        """Return the features of so many steps, from a fixed seed."""
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(number):
+            yield torch.randn(CODE_VIEWS, self.samples, FEATURE_DIM, generator=generator)
+
+
+class Queue(Protocol):
+    """What is compared."""
+
+    features: Tensor
+
+    def push(self, features: Tensor) -> None: ...
+
+
+class Published:
+    """The published queue: what was there moves back by a batch, through a copy of it."""
+
+    def __init__(self, length: int) -> None:
+        self.features = torch.zeros(CODE_VIEWS, length, FEATURE_DIM)
+
+    def push(self, features: Tensor) -> None:
+        samples = features.shape[1]
+        for queue, new in zip(self.features, features, strict=True):
+            queue[samples:] = queue[:-samples].clone()
+            queue[:samples] = new
+
+
+def queues(problem: Problem) -> dict[str, Queue]:
+    ours = FeatureQueue(problem.length, FEATURE_DIM, CODE_VIEWS)
+    if problem.other_length is None:
+        return {OURS: ours, "published": Published(problem.length)}
+    longer = FeatureQueue(problem.other_length, FEATURE_DIM, CODE_VIEWS)
+    return {OURS: ours, f"{OURS}, {problem.other_length:,} slots": longer}
+
+
+def prepare(problem: Problem) -> Calls:
+    (features,) = problem.steps(1)
+    return {name: partial(queue.push, features) for name, queue in queues(problem).items()}
+
+
+def newest(steps: list[Tensor], length: int) -> Tensor:
+    """Return the last ``length`` samples of the steps, after zeros where there are fewer."""
+    together = torch.cat([torch.zeros(CODE_VIEWS, length, FEATURE_DIM), *steps], dim=1)
+    return together[:, -length:]
+
+
+def check_reference() -> None:
+    problem = Problem(samples=3, length=7)
+    steps = list(problem.steps(4))
+    ring = oracles.Ring(problem.length)
+    for features in steps:
+        ring.push(features.numpy())
+    held = torch.tensor(np.stack([slot for slot in ring.slots if slot is not None], axis=1))
+    torch.testing.assert_close(in_order(held), in_order(newest(steps, problem.length)))
+
+
+def errors(problem: Problem, calls: Calls) -> dict[str, float]:
+    """Return the largest error of any entry after enough steps to go around the queue.
+
+    The order of the slots is each contender's own.
+    """
+    made = queues(problem)
+    steps = list(problem.steps(problem.length // problem.samples + 2))
+    for features in steps:
+        for queue in made.values():
+            queue.push(features)
+    return {
+        name: (
+            (in_order(queue.features) - in_order(newest(steps, queue.features.shape[1])))
+            .abs()
+            .max()
+            .item()
+        )
+        for name, queue in made.items()
+    }
+
+
+def in_order(features: Tensor) -> Tensor:
+    """Sort samples by a number made of all their features, whatever their slots."""
+    weights = torch.linspace(1, 2, FEATURE_DIM, dtype=torch.float64)
+    return features[:, (features.double() @ weights).sum(dim=0).argsort()]
+
+
+SUITE = Suite(
+    name="queue",
+    cases=(Problem(256, 3840), Problem(256, 65_536), Problem(256, 3840, other_length=65_536)),
+    quick=Problem(16, 64),
+    prepare=prepare,
+    check_reference=check_reference,
+    errors=errors,
+)
