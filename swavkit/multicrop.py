@@ -50,7 +50,9 @@ class MultiCropTransform:
         a list of B images of any sizes. Images are uint8, or floating and in [0, 1]; floating
         images keep their dtype, uint8 and PIL give float32. Float16 and bfloat16 are worked on in
         float32. A channels-last batch gives channels-last crops. A PIL image of mode L has 1
-        channel, unless ``mean`` or ``std`` name 3; every other 8-bit mode is converted to RGB.
+        channel, unless ``mean`` or ``std`` name 3; every other 8-bit mode is converted to RGB. A
+        NaN pixel makes crops NaN where they show it; where a batch is worked on as a whole, also
+        elsewhere in the crops of its image.
 
     Raises:
         TypeError: If a group is no ``CropGroup``, or the image is no image or of another dtype.
