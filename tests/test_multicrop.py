@@ -408,8 +408,10 @@ def test_an_accelerator_gives_the_pixels_of_a_cpu(groups):
     for images in (pixels, pixels / 255, list(pixels)):
         on_device = [i.cuda() for i in images] if isinstance(images, list) else images.cuda()
         torch.cuda.set_sync_debug_mode("error")
-        crops = transform(on_device, seed=1)
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            crops = transform(on_device, seed=1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         for one, other in zip(crops, transform(images, seed=1), strict=True):
             torch.testing.assert_close(one.cpu(), other, atol=1e-4, rtol=0)
 
