@@ -36,7 +36,7 @@ _ENTRIES_OF_A_PART = 2**15
 Part = tuple[int | slice, ...]  # the index of a problem, if there are several, and of samples
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """A part of the problem, or several problems with the same part of each: (..., b, K)."""
 
     part: Part
@@ -94,17 +94,24 @@ class Plan:
             zeros = torch.zeros_like(sample_mass)
             self.absence = zeros.masked_fill_(sample_mass == 0, torch.nan)
 
+        room: Callable[[Part], Tensor]
         if codes is not None and codes.dtype == sample_mass.dtype:
-            memory = codes
+            room = codes.__getitem__
+            self.keeps_entries = True
         else:
             shape = sample_mass[parts[0]].shape if parts else (0,)
-            memory = empty((*shape, num_prototypes), sample_mass.dtype, sample_mass)
-        self.keeps_entries = memory is codes or len(parts) == 1
+            memory = empty((*shape, num_prototypes), sample_mass.dtype, sample_mass).flatten()
+
+            def room(part: Part) -> Tensor:
+                shape = (*sample_mass[part].shape, num_prototypes)
+                return memory[: math.prod(shape)].view(shape)
+
+            self.keeps_entries = len(parts) == 1
         self.holds_p = False
         self.blocks = [
-            _Block(
+            Block(
                 part,
-                memory[part] if memory is codes else memory[..., : sample_mass[part].shape[-1], :],
+                room(part),
                 sample_mass[part],
                 self.flaw[part],
                 None if self.absence is None else self.absence[part],
@@ -158,9 +165,9 @@ class Plan:
             self.codes_of(block)
         return self.all_codes
 
-    def codes_of(self, block: _Block) -> Tensor:
-        """Return Q of a block, in place of its P."""
-        entries = self._p_of(block).mul_(_row(self.u, block))
+    def codes_of(self, block: Block, scores: Tensor | None = None) -> Tensor:
+        """Return Q of a block, in place of its P; ``scores`` are those of the block, if at hand."""
+        entries = self._p_of(block, scores).mul_(_row(self.u, block))
         v = self.code_mass[block.part] / entries.sum(dim=-1)
         codes = entries if self.all_codes is None else self.all_codes[block.part]
         return torch.mul(entries, v.unsqueeze(-1), out=codes)
@@ -187,7 +194,7 @@ class Plan:
 
     def _over_blocks(
         self,
-        of_block: Callable[[_Block], Tensor],
+        of_block: Callable[[Block], Tensor],
         combine: Callable[..., Tensor],
         neutral: float,
     ) -> Tensor:
@@ -200,13 +207,13 @@ class Plan:
             combine(of_part, of_block(block), out=of_part)
         return result
 
-    def _exponents_of(self, block: _Block, scores: Tensor, left_out: Tensor) -> Tensor:
+    def _exponents_of(self, block: Block, scores: Tensor, left_out: Tensor) -> Tensor:
         """Compute S/ε, with an exponent that does not count where ``left_out`` is NaN."""
         torch.add(left_out.unsqueeze(-1), scores, alpha=1 / self.epsilon, out=block.entries)
         lowest = self.lowest
         return block.entries.nan_to_num_(nan=lowest, posinf=lowest, neginf=lowest)
 
-    def _largest_of(self, block: _Block) -> Tensor:
+    def _largest_of(self, block: Block) -> Tensor:
         scores = self.scores(block.part)
         # NaN and infinity show in a sum: less itself it is NaN.
         torch.sum(scores, dim=-1, dtype=block.flaw.dtype, out=block.flaw)
@@ -214,7 +221,7 @@ class Plan:
         left_out = block.flaw if block.absence is None else block.flaw + block.absence
         return self._exponents_of(block, scores, left_out).amax(dim=-2)
 
-    def _start_of(self, block: _Block) -> Tensor:
+    def _start_of(self, block: Block) -> Tensor:
         if self.absence is None and self.keeps_entries:
             exponents = block.entries
         else:
@@ -228,21 +235,23 @@ class Plan:
         divisor = largest.exp_().div_(entries.amax(dim=-1))
         return _over_samples(entries, divisor.mul_(block.sample_mass))
 
-    def _sums_of(self, block: _Block) -> Tensor:
+    def _sums_of(self, block: Block) -> Tensor:
         entries = self._p_of(block)
         v = block.sample_mass / _over_prototypes(entries, _of(self.u, block))
         return _over_samples(entries, v)
 
-    def _log_masses_of(self, block: _Block) -> Tensor:
+    def _log_masses_of(self, block: Block) -> Tensor:
         exponents = self._exponents_of(block, self.scores(block.part), block.flaw)
         exponents.add_(_row(self.log_u, block))
         log_codes = torch.log_softmax(exponents, dim=-1, out=exponents)
         return log_codes.add_(block.sample_mass.log().unsqueeze(-1)).logsumexp(dim=-2)
 
-    def _p_of(self, block: _Block) -> Tensor:
+    def _p_of(self, block: Block, scores: Tensor | None = None) -> Tensor:
         if self.holds_p:
             return block.entries
-        exponents = self._exponents_of(block, self.scores(block.part), block.flaw)
+        if scores is None:
+            scores = self.scores(block.part)
+        exponents = self._exponents_of(block, scores, block.flaw)
         exponents.add_(_row(self.log_u, block))
         return torch.softmax(exponents, dim=-1, out=exponents)
 
@@ -302,12 +311,12 @@ def parts_of(scores: Tensor) -> list[Part]:
     ]
 
 
-def _of(vectors: Tensor, block: _Block) -> Tensor:
+def _of(vectors: Tensor, block: Block) -> Tensor:
     """Return those of the vectors (..., K) that belong to the block."""
     return vectors[block.part[:-1]] if len(block.part) > 1 else vectors
 
 
-def _row(vectors: Tensor, block: _Block) -> Tensor:
+def _row(vectors: Tensor, block: Block) -> Tensor:
     """Return those of the vectors (..., K) that belong to the block, (..., 1, K)."""
     return _of(vectors, block).unsqueeze(-2)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 _NOTHING = nullcontext()
 
@@ -12,6 +13,14 @@ _NOTHING = nullcontext()
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """Return float64 for float64 and float32 for every narrower dtype."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def product_dtype(factor: Tensor) -> torch.dtype:
+    """Return the dtype in which ``torch.nn.functional.linear`` would multiply ``factor``."""
+    kind = factor.device.type
+    if kind == "meta" or factor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return factor.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 def autocast_disabled(device: torch.device) -> AbstractContextManager[object]:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swavkit import _checks
-from swavkit._precision import at_least_float32
+from swavkit._memory import empty, on_cpu
+from swavkit._precision import at_least_float32, autocast_disabled, product_dtype
 
 __all__ = ["PrototypeLayer"]
 
@@ -161,6 +162,19 @@ class PrototypeLayer(nn.Module):
         )
 
 
+@torch.no_grad()
+def product(features: Tensor, directions: Tensor) -> Tensor:
+    """Return what ``torch.nn.functional.linear`` does of two factors, without gradient."""
+    if not on_cpu(features) or type(features) is not Tensor:
+        return F.linear(features, directions)
+    dtype = product_dtype(features)
+    rows = features.flatten(0, -2).to(dtype)
+    scores = empty((len(rows), len(directions)), dtype, rows)
+    with autocast_disabled(features.device):
+        torch.mm(rows, directions.to(dtype).T, out=scores)
+    return scores.view(*features.shape[:-1], len(directions))
+
+
 def unit_rows(rows: Tensor, *, differentiate_norm: bool = True) -> Tensor:
     """L2-normalise the last dimension in float32 or better; a zero row stays zero.
 
@@ -185,14 +199,16 @@ def _unit_rows(rows: Tensor, differentiate_norm: bool = True) -> tuple[Tensor, T
     """Return the unit rows, and the two divisors (..., 1) of which they are the quotient."""
     # Scaled by its largest entry first, so that no square over- or underflows. The scale is a
     # constant: it cancels in the result.
-    largest = rows.detach().abs().amax(dim=-1, keepdim=True)
+    constant = rows.detach()
+    largest = torch.maximum(constant.amax(-1, keepdim=True), -constant.amin(-1, keepdim=True))
     largest = torch.where(largest == 0, 1, largest)
     scaled = rows / largest
     norm = torch.linalg.vector_norm(
         scaled if differentiate_norm else scaled.detach(), dim=-1, keepdim=True
     )
     norm = torch.where(norm == 0, torch.inf, norm)  # so the gradient of a zero row is 0
-    return scaled / norm, norm, largest
+    tracked = rows.requires_grad and torch.is_grad_enabled()
+    return scaled / norm if tracked else scaled.div_(norm), norm, largest
 
 
 class _UnitRows(torch.autograd.Function):
@@ -218,4 +234,6 @@ class _UnitRows(torch.autograd.Function):
                 unit, norm, largest = _unit_rows(rows)
             along = torch.linalg.vecdot(gradient, unit).unsqueeze(-1)
             gradient = torch.addcmul(gradient, along, unit, value=-1)
+            if not torch.is_grad_enabled():
+                return gradient.div_(norm).div_(largest), None
         return gradient / norm / largest, None

@@ -20,7 +20,7 @@ be spread unevenly over processes.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -150,14 +150,11 @@ def sinkhorn_knopp(
             if prototype_weight is not None:
                 prototype_mass = masses(prototype_weight, scores.shape[-1:], scores.device, dtype)
                 prototype_mass /= prototype_mass.sum()  # (K,), c
-            if relaxation == math.inf:
-                _iterate(plan, prototype_mass, iterations, tolerance, group)
-            else:
-                _iterate_relaxed(plan, prototype_mass, iterations, relaxation, group)
+            find_u(plan, prototype_mass, iterations, relaxation, tolerance, group)
             codes = plan.codes()
         if scores.dim() > 3:
             codes = codes.view(scores.shape)
-        return _one_hot(codes) if hard else codes
+        return one_hot(codes) if hard else codes
 
 
 class SinkhornKnopp(nn.Module):
@@ -232,17 +229,23 @@ class SinkhornKnopp(nn.Module):
         """Return the codes of ``scores``; see :func:`sinkhorn_knopp`."""
         return sinkhorn_knopp(
             scores,
-            epsilon=self.epsilon,
-            iterations=self.iterations,
             sample_weight=sample_weight,
             prototype_weight=prototype_weight,
-            process_group=self.process_group,
-            synchronize=self.synchronize and self.training,
-            relaxation=self.relaxation,
-            tolerance=self.tolerance,
-            hard=self.hard,
             validate=self.validate,
+            **self._settings(),
         )
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what it would hand on now, by the names of the function."""
+        return {
+            "epsilon": self.epsilon,
+            "iterations": self.iterations,
+            "process_group": self.process_group,
+            "synchronize": self.synchronize and self.training,
+            "relaxation": self.relaxation,
+            "tolerance": self.tolerance,
+            "hard": self.hard,
+        }
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``; the rarer ones where they differ from the default."""
@@ -277,6 +280,21 @@ def _checked(
     _checks.boolean("hard", hard)
     _checks.boolean("validate", validate)
     return epsilon, iterations, relaxation, tolerance
+
+
+def find_u(
+    plan: Plan,
+    prototype_mass: Tensor | None,
+    iterations: int,
+    relaxation: float,
+    tolerance: float | None,
+    group: ProcessGroup | None,
+) -> None:
+    """Bring u of a new plan to where the settings ask for; ``None`` stands for equal masses."""
+    if relaxation == math.inf:
+        _iterate(plan, prototype_mass, iterations, tolerance, group)
+    else:
+        _iterate_relaxed(plan, prototype_mass, iterations, relaxation, group)
 
 
 def _iterate(
@@ -357,7 +375,7 @@ def _largest_exponents(plan: Plan, group: ProcessGroup | None) -> Tensor:
     return largest.masked_fill_(largest <= plan.lowest, 0)
 
 
-def _one_hot(codes: Tensor) -> Tensor:
+def one_hot(codes: Tensor) -> Tensor:
     """Round each code to its largest entry, in place. NaN stays NaN, and zeros stay zeros."""
     largest, nearest = codes.max(dim=-1, keepdim=True)
     largest = torch.where(largest > 0, 1, largest)

@@ -230,44 +230,77 @@ def _loss_and_factor(
 
     ``residuals`` (B, K), one for each view, are overwritten.
     """
-    dtype = at_least_float32(scores[0].dtype)
-    samples = len(scores[0])
-    scale = _SCALE_IN_FLOAT16 if scores[0].dtype == torch.float16 else 1.0
-    absent = None if sample_weight is None else sample_weight == 0  # (B,)
     with torch.no_grad(), autocast_disabled(scores[0].device):
-        errors = torch.zeros(samples, dtype=dtype, device=scores[0].device)
+        share = shares(sample_weight, scores[0])
+        errors = torch.empty_like(share)
         for rows in _blocks(scores[0]):
-            some = [code[rows].to(dtype) for code in codes]
-            of_all = reduce(torch.add, some)
-            mass_of_all = of_all.sum(dim=-1)
-            for view, view_scores in enumerate(scores):
-                residual = None if residuals is None else residuals[view][rows]
-                others = some[:view] + some[view + 1 :]
-                if view >= len(codes):
-                    target, mass = of_all, mass_of_all
-                elif others:
-                    target = reduce(torch.add, others)
-                    mass = target.sum(dim=-1)
-                else:  # the only code is its own: nothing to predict
-                    if residual is not None:
-                        residual.zero_()
-                    continue
-                errors[rows] += prediction_error(
-                    view_scores[rows], target, mass, temperature, residual, scale
-                )
-                if absent is not None and residual is not None:
-                    residual.masked_fill_(absent[rows].unsqueeze(-1), 0)
-
-        if sample_weight is None or absent is None:
-            share = torch.full_like(errors, 1 / max(samples, 1))
-        else:
-            errors = errors.masked_fill(absent, 0)
-            weight = sample_weight.to(dtype)
-            total = weight.sum()
-            share = weight / torch.where(total == 0, 1, total)
+            errors[rows] = errors_of_samples(
+                [view[rows] for view in scores],
+                [code[rows] for code in codes],
+                temperature,
+                None if sample_weight is None else sample_weight[rows],
+                None if residuals is None else [residual[rows] for residual in residuals],
+            )
         pairs = len(codes) * (len(scores) - 1)
-        factor = share / (temperature * pairs * scale)
+        factor = share / (temperature * pairs * residual_scale(scores[0].dtype))
         return (share * errors).sum() / pairs, factor.unsqueeze(-1)
+
+
+def shares(sample_weight: Tensor | None, like: Tensor) -> Tensor:
+    """Return what part of the mean each of the samples of ``like`` (B, ...) is, (B,)."""
+    samples, dtype = len(like), at_least_float32(like.dtype)
+    if sample_weight is None:
+        return torch.full((samples,), 1 / max(samples, 1), dtype=dtype, device=like.device)
+    weight = sample_weight.to(dtype)
+    total = weight.sum()
+    return weight / torch.where(total == 0, 1, total)
+
+
+def residual_scale(dtype: torch.dtype) -> float:
+    """Return what residuals are multiplied by before they are rounded to ``dtype``."""
+    return _SCALE_IN_FLOAT16 if dtype == torch.float16 else 1.0
+
+
+def errors_of_samples(
+    scores: list[Tensor],
+    codes: list[Tensor],
+    temperature: float,
+    sample_weight: Tensor | None,
+    residuals: list[Tensor] | None,
+) -> Tensor:
+    """Return Σ_v [ n_v · logsumexp_k(S_v/τ) - ⟨T_v, S_v⟩/τ ] of some samples, (b,).
+
+    Args:
+        scores: V tensors (b, K).
+        codes: A tensors (b, K).
+        temperature: τ.
+        sample_weight: (b,), or ``None``. Where it is 0, so are the error and the residuals.
+        residuals: V tensors (b, K), overwritten with n_v · softmax(S_v/τ) - T_v, times
+            :func:`residual_scale`; they may be the ``scores`` themselves.
+    """
+    dtype = at_least_float32(scores[0].dtype)
+    absent = None if sample_weight is None else sample_weight == 0
+    scale = residual_scale(scores[0].dtype)
+    codes = [code.to(dtype) for code in codes]
+    of_all = reduce(torch.add, codes)
+    mass_of_all = of_all.sum(dim=-1)
+    errors = torch.zeros_like(mass_of_all)
+    for view, view_scores in enumerate(scores):
+        residual = None if residuals is None else residuals[view]
+        others = codes[:view] + codes[view + 1 :]
+        if view >= len(codes):
+            target, mass = of_all, mass_of_all
+        elif others:
+            target = reduce(torch.add, others)
+            mass = target.sum(dim=-1)
+        else:  # the only code is its own: nothing to predict
+            if residual is not None:
+                residual.zero_()
+            continue
+        errors += prediction_error(view_scores, target, mass, temperature, residual, scale)
+        if absent is not None and residual is not None:
+            residual.masked_fill_(absent.unsqueeze(-1), 0)
+    return errors if absent is None else errors.masked_fill_(absent, 0)
 
 
 def _blocks(scores: Tensor) -> Iterator[slice]:
@@ -295,7 +328,7 @@ class _LossOfScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative()
+        refuse_second_derivative()
         factor, *residuals = ctx.saved_tensors
         factor = factor * gradient
         wanted = ctx.needs_input_grad[-len(residuals) :]
@@ -322,7 +355,7 @@ class _LossOfFactors(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative()
+        refuse_second_derivative()
         factor, residual, features, directions = ctx.saved_tensors
         factor = factor * gradient
         to_features = to_directions = None
@@ -337,7 +370,7 @@ class _LossOfFactors(torch.autograd.Function):
         return None, None, None, to_features, to_directions
 
 
-def _refuse_second_derivative() -> None:
+def refuse_second_derivative() -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "the swapped prediction loss has no second derivative: its gradient is computed along "

@@ -6,20 +6,23 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swavkit import _checks
-from swavkit._precision import at_least_float32
+from swavkit._precision import at_least_float32, product_dtype
 from swavkit.feature_queue import FeatureQueue
-from swavkit.prototypes import PrototypeLayer, unit_rows
+from swavkit.prototypes import PrototypeLayer, product, unit_rows
 from swavkit.sinkhorn import SinkhornKnopp
+from swavkit.streaming import streamed_loss
 from swavkit.swapped_prediction import SwappedPredictionLoss, loss_of_factors
 
 if TYPE_CHECKING:
     from swavkit._distributed import ProcessGroup
 
 __all__ = ["SwAVDetails", "SwAVLoss"]
+
+# Scores of more than that are streamed, unless told otherwise.
+_BYTES_OF_FULL_SCORES = 2**29
 
 
 class SwAVDetails(NamedTuple):
@@ -66,10 +69,14 @@ class SwAVLoss(nn.Module):
         freeze_steps: For how many training steps the prototypes get a gradient of zeros. Weight
             decay may rescale them meanwhile, which changes no score; Adam's coupled decay can turn
             them, and so can SGD with momentum and a decay of several per cent a step.
-        prototype_gradient: How the norm of the stored prototypes is differentiated, see
-            :class:`PrototypeLayer`.
+        memory: ``"full"`` holds the scores of all views; ``"streamed"`` computes them again block
+            by block, with the same result, and holds none; ``"auto"`` streams where the scores
+            would take more than 512 MiB. Details, validated codes, and a part that is replaced or
+            has hooks need ``"full"`` or ``"auto"``.
         process_group: The processes that share the batch for codes; the default group if ``None``.
         synchronize: Whether to share the batch for codes with other processes in training mode.
+        prototype_gradient: How the norm of the stored prototypes is differentiated, see
+            :class:`PrototypeLayer`.
 
     Attributes:
         prototypes: The :class:`PrototypeLayer`; for a sequence of numbers, of length 1 too, a
@@ -107,15 +114,18 @@ class SwAVLoss(nn.Module):
         queue_length: int = 0,
         queue_start: int = 0,
         freeze_steps: int = 0,
-        prototype_gradient: Literal["tangent", "published"] = "tangent",
+        memory: Literal["full", "streamed", "auto"] = "auto",
         process_group: ProcessGroup | None = None,
         synchronize: bool = True,
+        prototype_gradient: Literal["tangent", "published"] = "tangent",
     ) -> None:
         super().__init__()
         self.num_code_views = _checks.positive_int("num_code_views", num_code_views)
         queue_length = _checks.non_negative_int("queue_length", queue_length)
         self.queue_start = _checks.non_negative_int("queue_start", queue_start)
         self.freeze_steps = _checks.non_negative_int("freeze_steps", freeze_steps)
+        _checks.choice("memory", memory, ("full", "streamed", "auto"))
+        self.memory = memory
         self.prototypes: PrototypeLayer | nn.ModuleList
         if isinstance(num_prototypes, (list, tuple)):
             sizes = _checks.positive_ints("num_prototypes", num_prototypes)
@@ -226,7 +236,7 @@ class SwAVLoss(nn.Module):
         around: Tensor | None,
         sample_weight: Tensor | None,
         return_details: bool,
-    ) -> tuple[Tensor, SwAVDetails]:
+    ) -> tuple[Tensor, SwAVDetails | None]:
         """Return the loss with one layer of prototypes.
 
         Where ``around`` (V, B, 1) is true, the scores of ``features`` (V, B, D) count as NaN. The
@@ -241,17 +251,31 @@ class SwAVLoss(nn.Module):
                 (self.loss, SwappedPredictionLoss),
             )
         )
-        if unobserved:
+        if self._streams(head, features, unobserved, return_details):
+            recent = None if self.queue is None else unit_rows(self.queue.features)
             factors = head._factors(features, frozen)
-            scores = F.linear(*factors)
+            loss = streamed_loss(
+                *factors,
+                recent,
+                num_code_views=self.num_code_views,
+                code_weight=self._code_weight(features.shape[1], sample_weight),
+                sample_weight=sample_weight,
+                temperature=self.loss.temperature,
+                **self.sinkhorn._settings(),
+            )
+            return loss, None
+        # Features times their factor would leave the range of float16 in a batch of thousands.
+        fused = unobserved and product_dtype(features) != torch.float16
+        if fused:
+            factors = head._factors(features, frozen)
+            scores = product(*factors)
         else:
             scores = head(features, frozen=frozen)  # (V, B, K)
         if around is not None:
             scores = scores.masked_fill(around, torch.nan)
         constant = scores.detach()
         codes = self._codes(head, constant[: self.num_code_views], sample_weight)
-        # Features times their factor would leave the range of float16 in a batch of thousands.
-        if unobserved and scores.dtype != torch.float16:
+        if fused:
             loss = loss_of_factors(
                 *factors,
                 constant,
@@ -264,6 +288,20 @@ class SwAVLoss(nn.Module):
             loss = self.loss(scores, codes, sample_weight)
         return loss, SwAVDetails(codes, constant)
 
+    def _streams(
+        self, head: PrototypeLayer, features: Tensor, unobserved: bool, return_details: bool
+    ) -> bool:
+        """Tell whether to compute the loss of a head block by block."""
+        possible = unobserved and not return_details and not self.sinkhorn.validate
+        if self.memory == "streamed" and not possible:
+            raise ValueError(
+                "memory must be 'full' or 'auto' for details, for validated codes, and with a part "
+                "that is replaced or has hooks, got 'streamed'"
+            )
+        size = features.shape[:-1].numel() * head.num_prototypes * features.element_size()
+        large = size > _BYTES_OF_FULL_SCORES
+        return possible and (self.memory == "streamed" or (self.memory == "auto" and large))
+
     @torch.no_grad()
     def _codes(self, head: PrototypeLayer, scores: Tensor, sample_weight: Tensor | None) -> Tensor:
         """Return the codes of the current samples, (A, B, K), computed along with the queue."""
@@ -273,11 +311,17 @@ class SwAVLoss(nn.Module):
             return codes
         samples = scores.shape[1]
         recent = head(self.queue.features).to(scores.dtype)
-        takes_part = self.queue.valid & (self.steps >= self.queue_start)
-        present = takes_part.new_ones(samples) if sample_weight is None else sample_weight
-        weight = torch.cat([present, takes_part.to(present.dtype)])
+        weight = self._code_weight(samples, sample_weight)
         together: Tensor = self.sinkhorn(torch.cat([scores, recent], dim=1), weight)
         return together[:, :samples]
+
+    def _code_weight(self, samples: int, sample_weight: Tensor | None) -> Tensor | None:
+        """Return the weights in the codes: of the current samples and then of the queue's."""
+        if self.queue is None:
+            return sample_weight
+        takes_part = self.queue.valid & (self.steps >= self.queue_start)
+        present = takes_part.new_ones(samples) if sample_weight is None else sample_weight
+        return torch.cat([present, takes_part.to(present.dtype)])
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""

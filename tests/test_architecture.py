@@ -89,6 +89,9 @@ def test_components_know_no_other_but_groups_a_default_step_and_masses() -> None
         ("crop_group", "photometric"),
         ("sinkhorn", "marginals"),
         ("checkpoints", "feature_queue"),
+        ("streaming", "marginals"),
+        ("streaming", "sinkhorn"),
+        ("streaming", "swapped_prediction"),
     }
 
 

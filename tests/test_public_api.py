@@ -60,7 +60,7 @@ CALLS = {
     "return_boxes=False)",
     "SwAVLoss": "(feature_dim, num_prototypes, *, num_code_views=2, temperature=0.1, "
     "epsilon=0.05, iterations=3, queue_length=0, queue_start=0, freeze_steps=0, "
-    "prototype_gradient='tangent', process_group=None, synchronize=True)",
+    "memory='auto', process_group=None, synchronize=True, prototype_gradient='tangent')",
     "SwAVLoss.forward": "(self, features, *, sample_weight=None, return_details=False)",
     "SwAVDetails": "(codes, scores)",
     "sharded_state_dict": "(module, *, checkpoint=None, process_group=None)",

@@ -766,7 +766,8 @@ BAD_SETTINGS = [
         ]
     ),
     ({"synchronize": "always"}, ValueError, "synchronize must be True or False, got 'always'"),
-    ({"memory": "auto"}, TypeError, "unexpected keyword argument 'memory'"),
+    ({"memory": "half"}, ValueError, "memory must be 'full' or 'streamed' or 'auto', got 'half'"),
+    ({"memory": None}, ValueError, "memory must be 'full' or 'streamed' or 'auto', got None"),
     ({"reduction": "mean"}, TypeError, "unexpected keyword argument 'reduction'"),
 ]
 VIEW = torch.zeros(4, DIMENSION)

@@ -1,0 +1,243 @@
+"""The same loss block by block: the V·B·K scores never exist at once.
+
+Scores are cheap to compute again, so of the codes only u (K) and v (B) are kept. In pseudo-code,
+with Z the features, C the prototypes and a block some samples of all views::
+
+    for block in blocks:                       # of the code views and of the queue
+        largest = max(largest, max_i S_ij/ε)                     with S = Z_block Cᵀ
+    for iteration in range(iterations):
+        for block in blocks:
+            sums += Σ_i r_i v_i P_ij           # v follows from u, see _plan.py
+        u = c / sums                           # summed over processes
+    for block in blocks:                       # of all views
+        codes = diag(v) P diag(u)
+        loss += Σ_v n_v · logsumexp(S_v/τ) - ⟨T_v, S_v⟩/τ
+        residual = n_v · softmax(S_v/τ) - T_v
+        gradient of Z_block = residual C
+        gradient of C += residualᵀ Z_block     # in float32 or better
+
+The backward pass only scales both gradients. Each formula stands where it stands for whole
+matrices: P and u in ``_plan.py`` and ``sinkhorn.py``, errors and residuals in
+``swapped_prediction.py``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from swavkit._distributed import participants
+from swavkit._memory import empty
+from swavkit._plan import Plan
+from swavkit._precision import at_least_float32, autocast_disabled, product_dtype
+from swavkit.marginals import masses
+from swavkit.sinkhorn import find_u, one_hot
+from swavkit.swapped_prediction import (
+    errors_of_samples,
+    refuse_second_derivative,
+    residual_scale,
+    shares,
+)
+
+if TYPE_CHECKING:
+    from swavkit._distributed import ProcessGroup
+
+# A block is to have so many scores. With few features its products would take as long as reading
+# the prototypes does; so it has more scores, up to a limit, where that gives it so many features.
+_ENTRIES_OF_A_BLOCK = 2**21
+_FEATURES_OF_A_BLOCK = 256
+_MOST_ENTRIES_OF_A_BLOCK = 2**26
+
+
+def streamed_loss(
+    features: Tensor,
+    directions: Tensor,
+    recent: Tensor | None,
+    *,
+    num_code_views: int,
+    code_weight: Tensor | None,
+    sample_weight: Tensor | None,
+    temperature: float,
+    epsilon: float,
+    iterations: int,
+    relaxation: float,
+    tolerance: float | None,
+    hard: bool,
+    process_group: ProcessGroup | None,
+    synchronize: bool,
+) -> Tensor:
+    """Return the loss of unit features and unit prototypes, without their scores.
+
+    Args:
+        features: (V, B, D) unit rows, the code views first. Those of weight 0 must be finite.
+        directions: (K, D) unit rows, in the same dtype.
+        recent: (A, L, D) unit rows from the queue, if there is one.
+        num_code_views: A.
+        code_weight: (B + L,) weights in the codes, bool or floating, or ``None``.
+        sample_weight: (B,) weights in the loss, bool or floating, or ``None``.
+        temperature: τ.
+        epsilon: ε; it and the rest as for :func:`~swavkit.sinkhorn_knopp`.
+        iterations: See there.
+        relaxation: See there.
+        tolerance: See there.
+        hard: See there.
+        process_group: See there.
+        synchronize: See there.
+
+    Returns:
+        The loss, a scalar in float32, or float64 for float64 features.
+    """
+    group = participants(process_group, synchronize)
+    wanted = torch.is_grad_enabled() and (features.requires_grad or directions.requires_grad)
+    dtype = product_dtype(features)
+    with torch.no_grad(), autocast_disabled(features.device):
+        scores = _Scores(
+            features.detach().to(dtype),
+            directions.detach().to(dtype),
+            None if recent is None else recent.to(dtype),
+            num_code_views,
+        )
+        plan = scores.plan(code_weight, epsilon)
+        find_u(plan, None, iterations, relaxation, tolerance, group)
+        loss, gradients = _loss(scores, plan, sample_weight, temperature, hard, wanted)
+    if not wanted:
+        return loss
+    attached: Tensor = _Attached.apply(  # type: ignore[no-untyped-call]
+        loss, *gradients, features, directions
+    )
+    return attached
+
+
+class _Scores:
+    """Products of features and prototypes, for some samples at a time.
+
+    Args:
+        features: (V, B, D), in the dtype of the products.
+        directions: (K, D).
+        recent: (A, L, D), which follow the features of the code views; or ``None``.
+        num_code_views: A.
+    """
+
+    def __init__(
+        self, features: Tensor, directions: Tensor, recent: Tensor | None, num_code_views: int
+    ) -> None:
+        self.features, self.directions = features, directions
+        self.of_codes = features[:num_code_views]
+        self.blocks = self._blocks(0, features.shape[1])  # of the features
+        others = []
+        if recent is not None:
+            self.of_codes = torch.cat([self.of_codes, recent], dim=1)
+            others = self._blocks(features.shape[1], self.of_codes.shape[1])
+        self.parts = [(slice(None), rows) for rows in self.blocks + others]
+        rows = max((rows.stop - rows.start for rows in self.blocks + others), default=0)
+        self.memory = empty((len(features) * rows, len(directions)), features.dtype, features)
+
+    def _blocks(self, first: int, last: int) -> list[slice]:
+        """Return the samples from ``first`` up to ``last`` in blocks."""
+        views, prototypes = len(self.features), len(self.directions)
+        entries = max(_ENTRIES_OF_A_BLOCK, _FEATURES_OF_A_BLOCK * prototypes)
+        rows = max(min(entries, _MOST_ENTRIES_OF_A_BLOCK) // (views * prototypes), 1)
+        return [slice(start, min(start + rows, last)) for start in range(first, last, rows)]
+
+    def plan(self, weight: Tensor | None, epsilon: float) -> Plan:
+        """Return a new plan of the code views, with equal masses of prototypes."""
+        shape = self.of_codes.shape[:-1]
+        return Plan(
+            lambda part: self.of(self.of_codes[part]),
+            self.parts,
+            masses(weight, shape, self.features.device, at_least_float32(self.features.dtype)),
+            len(self.directions),
+            weighted=weight is not None,
+            graded=weight is not None and weight.is_floating_point(),
+            epsilon=epsilon,
+        )
+
+    def of(self, features: Tensor) -> Tensor:
+        """Return the scores of some (..., b, D), in memory that the next ones overwrite."""
+        rows = features.flatten(0, -2)
+        scores = torch.mm(rows, self.directions.T, out=self.memory[: len(rows)])
+        return scores.view(*features.shape[:-1], len(self.directions))
+
+
+def _loss(
+    scores: _Scores,
+    plan: Plan,
+    sample_weight: Tensor | None,
+    temperature: float,
+    hard: bool,
+    with_gradients: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Return the loss, and its gradients for features and directions, if they are asked for."""
+    features, directions = scores.features, scores.directions
+    views, samples, _ = features.shape
+    share = shares(sample_weight, features[0])
+    # In the product for the directions the shares take part relative to the largest one, so that
+    # none underflows; the rest comes after it.
+    largest = share.amax() if samples else share.sum()
+    relative = share / torch.where(largest == 0, 1, largest)
+    scale = residual_scale(features.dtype)
+    # Products of residuals in float16 could leave its range.
+    dtype = torch.float32 if features.dtype == torch.float16 else features.dtype
+    of_features = share.new_zeros(features.shape if with_gradients else (0,))
+    of_directions = share.new_zeros(directions.shape if with_gradients else (0,))
+    factor = 1 / (temperature * len(scores.of_codes) * (views - 1) * scale)
+    loss = share.new_zeros(())
+    for rows, block in zip(scores.blocks, plan.blocks, strict=False):
+        of_block = scores.of(features[:, rows])  # (V, b, K)
+        codes = plan.codes_of(block, of_block[: len(scores.of_codes)])
+        codes = one_hot(codes) if hard else codes
+        errors = errors_of_samples(
+            list(of_block),
+            list(codes),
+            temperature,
+            None if sample_weight is None else sample_weight[rows],
+            list(of_block) if with_gradients else None,
+        )
+        loss += (share[rows] * errors).sum()
+        if with_gradients:
+            residual = of_block.flatten(0, 1).to(dtype)  # (V·b, K)
+            weighted = features[:, rows] * relative[rows].unsqueeze(-1)
+            products = (residual @ directions.to(dtype)).view(
+                of_block.shape[:2] + features.shape[-1:]
+            )
+            torch.mul(products, (factor * share[rows]).unsqueeze(-1), out=of_features[:, rows])
+            weighted = weighted.flatten(0, 1).to(dtype)
+            if dtype == of_directions.dtype:
+                of_directions.addmm_(residual.T, weighted)
+            else:
+                of_directions += residual.T @ weighted
+    of_directions *= factor * largest
+    return loss / (len(scores.of_codes) * (views - 1)), (of_features, of_directions)
+
+
+class _Attached(torch.autograd.Function):
+    """A loss that is known together with its gradients."""
+
+    @staticmethod
+    def forward(
+        loss: Tensor,
+        of_features: Tensor,
+        of_directions: Tensor,
+        features: Tensor,
+        directions: Tensor,
+    ) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        _, *gradients, features, directions = inputs
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = features.dtype, directions.dtype
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        gradients = [
+            (saved * gradient).to(dtype) if wants else None
+            for saved, dtype, wants in zip(
+                ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[-2:], strict=True
+            )
+        ]
+        return None, None, None, *gradients
