@@ -10,12 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bench_loss, bench_queue, bench_sinkhorn, kernels
+from benchmarks import bench_loss, bench_multicrop, bench_queue, bench_sinkhorn, kernels
 from benchmarks.harness import Suite, environment, measure
 
 SUITES = {module.SUITE.name: module.SUITE for module in (bench_sinkhorn, bench_loss, bench_queue)}
 KERNELS = "kernels"  # is counted, not timed
-NAMES = [*SUITES, KERNELS]
+NAMES = [*SUITES, bench_multicrop.NAME, KERNELS]
 HEADER = (
     "contender", "rounds", "median", "quartiles", "× swavkit", "quartiles", "extra memory", "error"
 )  # fmt: skip
@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.suites or NAMES:
         if name == KERNELS:
             report[KERNELS] = count()
+        elif name == bench_multicrop.NAME:
+            report[name] = bench_multicrop.run(options.output, quick=options.quick)
         else:
             report["results"] += run(SUITES[name], quick=options.quick)
 

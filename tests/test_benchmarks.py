@@ -262,6 +262,10 @@ def test_the_quick_run_reports_what_it_measured(tmp_path: Path) -> None:
         assert len(row["samples"]) >= 5
         if row["contender"] == "swavkit":
             assert set(row["ratio"].values()) == {1.0}
+    assert report["multicrop"]["error"] <= 1e-4
+    assert (tmp_path / "multicrop.png").stat().st_size > 0
+    for row in report["multicrop"]["alone"] + report["multicrop"]["loaders"]:
+        assert row["contender"] in run.stdout
     for count in report["kernels"]["counts"]:
         assert count["contender"] in run.stdout
         assert f" {count['launches']}" in run.stdout
@@ -270,5 +274,5 @@ def test_the_quick_run_reports_what_it_measured(tmp_path: Path) -> None:
 def test_an_unknown_suite_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["sinkhorm"])
-    message = "SUITE must be any of sinkhorn, loss, queue, kernels, got 'sinkhorm'"
+    message = "SUITE must be any of sinkhorn, loss, queue, multicrop, kernels, got 'sinkhorm'"
     assert message in capsys.readouterr().err
