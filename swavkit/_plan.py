@@ -61,7 +61,7 @@ class Plan:
 
     Args:
         scores: Gives the scores (..., b, K) of a part.
-        parts: What is computed at a time; see :func:`parts_of`. The first one is the largest.
+        parts: What is computed at a time; see :func:`parts_of`.
         sample_mass: (B,) or (N, B), r, in the dtype of all arithmetic; overwritten.
         num_prototypes: K.
         weighted: Whether a mass may be 0.
@@ -99,8 +99,8 @@ class Plan:
             room = codes.__getitem__
             self.keeps_entries = True
         else:
-            shape = sample_mass[parts[0]].shape if parts else (0,)
-            memory = empty((*shape, num_prototypes), sample_mass.dtype, sample_mass).flatten()
+            samples = max((sample_mass[part].numel() for part in parts), default=0)
+            memory = empty((samples, num_prototypes), sample_mass.dtype, sample_mass).flatten()
 
             def room(part: Part) -> Tensor:
                 shape = (*sample_mass[part].shape, num_prototypes)

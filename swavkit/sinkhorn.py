@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from swavkit import _checks
 from swavkit._agreement import Agreement
-from swavkit._distributed import GroupHandle, participants
+from swavkit._distributed import GroupHandle, participants, sum_over_ranks
 from swavkit._iterations import find_u
 from swavkit._memory import empty
 from swavkit._plan import Plan, codes_at_once, fits_at_once, parts_of
@@ -222,6 +222,7 @@ class SinkhornKnopp(nn.Module):
         self.synchronize = synchronize
         self._group = GroupHandle(process_group)
         self._agreement = Agreement()
+        self._rider: Tensor | None = None  # for the present call
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -239,27 +240,37 @@ class SinkhornKnopp(nn.Module):
         prototype_weight: Tensor | None = None,
     ) -> Tensor:
         """Return the codes of ``scores``; see :func:`sinkhorn_knopp`."""
-        return self._codes(scores, sample_weight, prototype_weight)
-
-    def _codes(
-        self,
-        scores: Tensor,
-        sample_weight: Tensor | None = None,
-        prototype_weight: Tensor | None = None,
-        rider: Tensor | None = None,
-    ) -> Tensor:
-        """Return the codes; ``rider`` is summed over the processes along with them, in place."""
+        rider, self._rider = self._rider, None
         settings, group = self._settings(), self._participants()
         _checks.of_samples_and_prototypes("scores", scores)
-        record = {
-            "num_prototypes": scores.shape[-1],
-            "the number of problems": math.prod(scores.shape[:-2]),
-            "the dtype of scores": scores.dtype,
-            "whether prototype_weight is given": prototype_weight is not None,
-            **settings._asdict(),
-        }
-        self._agreement.require(lambda: record, group, scores.device)
+        shape = math.prod(scores.shape[:-2]), scores.shape[-1]
+        self._compare(shape, scores.dtype, scores.device, prototype_weight is not None)
         return _codes(scores, sample_weight, prototype_weight, settings, group, rider)
+
+    def _with(self, rider: Tensor, *inputs: Tensor | None) -> Tensor:
+        """Return the codes; ``rider`` is summed over the processes along with them, in place.
+
+        The module is called, so that its hooks are, and with no other argument than ever.
+        """
+        self._rider = rider
+        codes: Tensor = self(*inputs)
+        if self._rider is not None:  # a forward in place of ours has left it
+            self._rider = None
+            rider.copy_(sum_over_ranks(rider.clone(), self._participants()))
+        return codes
+
+    def _compare(
+        self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, prior: bool = False
+    ) -> None:
+        """Compare ``shape``, the numbers of problems and prototypes, and the settings, if due."""
+        record = {
+            "num_prototypes": shape[1],
+            "the number of problems": shape[0],
+            "the dtype of scores": dtype,
+            "whether prototype_weight is given": prior,
+            **self._settings()._asdict(),
+        }
+        self._agreement.require(lambda: record, self._participants(), device)
 
     def _participants(self) -> ProcessGroup | None:
         """Return the processes that share the batch of a call now, or ``None``."""

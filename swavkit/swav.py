@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from swavkit import _checks
 from swavkit._agreement import Agreement
-from swavkit._distributed import participants, share_of_mean, sum_over_ranks
+from swavkit._distributed import participants, share_of_mean
 from swavkit._hooks import is_plainly
 from swavkit._precision import at_least_float32, product_dtype
 from swavkit._recomputation import Recomputation, keeping_what_it_saves
@@ -240,8 +240,6 @@ class SwAVLoss(nn.Module):
             weights = together.new_ones(len(views[0])) if sample_weight is None else sample_weight
             own = weights.detach().sum(dtype=dtype)
             rider = own.clone()  # to be summed over the processes along with the first codes
-            if not is_plainly(self.sinkhorn, SinkhornKnopp):
-                rider = sum_over_ranks(rider, group)
         losses, details = zip(
             *(
                 self._loss_of_head(
@@ -312,6 +310,8 @@ class SwAVLoss(nn.Module):
         if self._streams(head, features, unobserved, return_details):
             recent = None if self.queue is None else unit_rows(self.queue.features)
             factors = head._factors(features, frozen)
+            shape, dtype = (self.num_code_views, head.num_prototypes), product_dtype(factors[0])
+            self.sinkhorn._compare(shape, at_least_float32(dtype), features.device)
             settings = self.sinkhorn._settings()._asdict()
             del settings["validate"]
             loss = streamed_loss(
@@ -377,14 +377,13 @@ class SwAVLoss(nn.Module):
     ) -> Tensor:
         """Return the codes of the current samples, (A, B, K), computed along with the queue."""
         scores = scores.to(at_least_float32(scores.dtype))  # so that the codes stay float32
-        solve: Callable[..., Tensor] = self.sinkhorn
-        if rider is not None and is_plainly(self.sinkhorn, SinkhornKnopp):
-            solve = partial(self.sinkhorn._codes, rider=rider)
+        solve = self.sinkhorn if rider is None else partial(self.sinkhorn._with, rider)
         samples = scores.shape[1]
         if self.queue is not None:
             recent = head(self.queue.features).to(scores.dtype)
             scores = torch.cat([scores, recent], dim=1)
-        return solve(scores, self._code_weight(samples, sample_weight))[:, :samples]
+        codes: Tensor = solve(scores, self._code_weight(samples, sample_weight))
+        return codes[:, :samples]
 
     def _code_weight(self, samples: int, sample_weight: Tensor | None) -> Tensor | None:
         """Return the weights in the codes: of the current samples and then of the queue's."""

@@ -19,7 +19,7 @@ from tests.ranks import Ranks
 VIEWS, INPUTS, STEPS = 3, 6, 20
 
 # Settings of the loss that change no number.
-VARIANTS: list[dict[str, Any]] = [{}]
+VARIANTS: list[dict[str, Any]] = [{}, {"memory": "streamed"}]
 EACH_VARIANT = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 
 # Of one step and, as errors grow from step to step, of the last.
@@ -44,9 +44,9 @@ class Network(nn.Module):
         self.call_criterion: Callable[..., Any] = called
 
     def forward(self, inputs: Tensor, weight: Tensor | None, details: bool) -> tuple[Tensor, ...]:
-        """Return the loss, and the codes of each head if ``details``."""
+        """Return the loss, and the codes of each head if ``details``, where they exist."""
         features = self.call_encoder(self.encoder, inputs)
-        if not details:
+        if not details or self.criterion.memory == "streamed":
             return (self.call_criterion(self.criterion, features, sample_weight=weight),)
         loss, found = self.call_criterion(
             self.criterion, features, sample_weight=weight, return_details=True
@@ -130,7 +130,7 @@ def assert_one_answer(
     results = [result for result in ranks.run(train_on_rank, arguments) if result is not None]
 
     longer = {"queue_length": len(sizes) * settings.get("queue_length", 0)}
-    network = Network(dtype, **settings | longer)
+    network = Network(dtype, **settings | longer | {"memory": "full"})
     alone = train(network, network, whole)
     for step, atol in enumerate(np.geomspace(*ATOL[dtype], STEPS)):
         mean_loss = np.mean([result["loss"][step] for result in results])

@@ -108,7 +108,7 @@ def loss_with(rank: int, settings: dict[str, Any]) -> dict[str, Any]:
         ({"num_prototypes": [K]}, []),
         (
             {"num_prototypes": [2, 3]},
-            ["the number of layers of prototypes must be", "num_prototypes[0] must be"],
+            ["the number of heads must be", "num_prototypes[0] must be"],
         ),
         ({"num_code_views": 1}, ["num_code_views must be"]),
         ({"temperature": 0.2}, ["temperature must be"]),
@@ -147,8 +147,12 @@ def test_heads_in_another_order_are_found(ranks: Ranks) -> None:
     assert others == [text, text]
 
 
-def what_a_step_sends(rank: int) -> list[list[int]]:
-    criterion = same_criterion((3, 4), reduction="global_mean", queue_length=4)
+def what_a_step_sends(rank: int, argument: dict[str, Any]) -> list[list[int]]:
+    criterion = same_criterion(
+        (3, 4), reduction="global_mean", queue_length=4, memory=argument["memory"]
+    )
+    if argument["hooked"]:
+        criterion.sinkhorn.register_forward_hook(lambda module, given, codes: None)
     sent = []
     for step in range(9):
         with Collectives() as collectives:
@@ -157,13 +161,18 @@ def what_a_step_sends(rank: int) -> list[list[int]]:
     return sent
 
 
+@pytest.mark.parametrize("memory", [("full",) * 3, ("streamed",) * 3, ("full", "streamed", "auto")])
+@pytest.mark.parametrize("hooked", [False, True])
 def test_a_step_compares_at_first_and_ever_more_rarely_and_counts_samples_along(
-    ranks: Ranks,
+    ranks: Ranks, memory: tuple[str, ...], hooked: bool
 ) -> None:
+    arguments = [
+        {"memory": of_rank, "hooked": hooked and of_rank != "streamed"} for of_rank in memory
+    ]
     # Of two heads with two code views, 4 sums each: the number of samples rides in the second one.
     sums = [2 * 3, 2 * 3 + 1, 2 * 3, 2 * 3] + [2 * 4] * 4
     compared = [RECORD]
-    for sent in ranks.run(what_a_step_sends):
+    for sent in ranks.run(what_a_step_sends, arguments):
         first, *later = sent
         assert first == [*compared, RECORD, *sums]  # the second by the codes' own first call
         for step, numels in enumerate(later, start=2):
