@@ -236,9 +236,8 @@ class SwAVLoss(nn.Module):
             together = together.masked_fill(around, 0)
         own = rider = None
         if self.reduction == "global_mean" and group is not None:
-            dtype = at_least_float32(together.dtype)
             weights = together.new_ones(len(views[0])) if sample_weight is None else sample_weight
-            own = weights.detach().sum(dtype=dtype)
+            own = weights.detach().sum(dtype=at_least_float32(together.dtype))
             rider = own.clone()  # to be summed over the processes along with the first codes
         losses, details = zip(
             *(
