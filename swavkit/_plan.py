@@ -61,7 +61,7 @@ class Plan:
 
     Args:
         scores: Gives the scores (..., b, K) of a part.
-        parts: What is computed at a time; see :func:`parts_of`. The first one is the largest.
+        parts: What is computed at a time; see :func:`parts_of`.
         sample_mass: (B,) or (N, B), r, in the dtype of all arithmetic; overwritten.
         num_prototypes: K.
         weighted: Whether a mass may be 0.
@@ -99,8 +99,9 @@ class Plan:
             room = codes.__getitem__
             self.keeps_entries = True
         else:
-            shape = sample_mass[parts[0]].shape if parts else (0,)
-            memory = empty((*shape, num_prototypes), sample_mass.dtype, sample_mass).flatten()
+            samples = max([0, *(sample_mass[part].numel() for part in parts)])
+            shape = samples, num_prototypes
+            memory = empty(shape, sample_mass.dtype, sample_mass).flatten()
 
             def room(part: Part) -> Tensor:
                 shape = (*sample_mass[part].shape, num_prototypes)
@@ -216,8 +217,8 @@ class Plan:
     def _largest_of(self, block: Block) -> Tensor:
         scores = self.scores(block.part)
         # NaN and infinity show in a sum: less itself it is NaN.
-        torch.sum(scores, dim=-1, dtype=block.flaw.dtype, out=block.flaw)
-        block.flaw.sub_(block.flaw)
+        total = scores.sum(dim=-1, dtype=block.flaw.dtype)
+        block.flaw.copy_(total - total)
         left_out = block.flaw if block.absence is None else block.flaw + block.absence
         return self._exponents_of(block, scores, left_out).amax(dim=-2)
 
