@@ -131,7 +131,7 @@ class _Scores:
             self.of_codes = torch.cat([self.of_codes, recent], dim=1)
             others = self._blocks(features.shape[1], self.of_codes.shape[1])
         self.parts = [(slice(None), rows) for rows in self.blocks + others]
-        rows = max((rows.stop - rows.start for rows in self.blocks + others), default=0)
+        rows = max([0, *(rows.stop - rows.start for rows in self.blocks + others)])
         self.memory = empty((len(features) * rows, len(directions)), features.dtype, features)
 
     def _blocks(self, first: int, last: int) -> list[slice]:
@@ -202,7 +202,7 @@ def _loss(
             products = (residual @ directions.to(dtype)).view(
                 of_block.shape[:2] + features.shape[-1:]
             )
-            torch.mul(products, (factor * share[rows]).unsqueeze(-1), out=of_features[:, rows])
+            of_features[:, rows] = products * (factor * share[rows]).unsqueeze(-1)
             weighted = weighted.flatten(0, 1).to(dtype)
             if dtype == of_directions.dtype:
                 of_directions.addmm_(residual.T, weighted)
