@@ -386,15 +386,21 @@ def test_it_never_holds_the_scores(
     assert sizes["full"] >= max(views * samples, 2 * (samples + queue_length)) * prototypes
 
 
+@pytest.mark.parametrize("rows", [1, 2000], ids=["many blocks", "one block"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_gradients_of_very_many_blocks_add_up(device: torch.device, dtype: torch.dtype) -> None:
-    """Were they summed in bfloat16, of thousand equal parts not even 300 would arrive."""
+def test_gradients_of_very_many_features_add_up(
+    device: torch.device, dtype: torch.dtype, rows: int
+) -> None:
+    """Were they summed in bfloat16, of thousand equal parts not even 300 would arrive.
+
+    Within a block the sum of float16 residuals would be infinite.
+    """
     streamed, _ = streamed_and_full(device, dtype, temperature=0.5)
     exact = copy.deepcopy(streamed).double()
     exact.memory = "full"
     centre = features_of(2, 1, device=device)
     features = (centre + 0.1 * features_of(2, 1000, device=device)).to(dtype)
-    with blocks_of(1):
+    with blocks_of(rows):
         _, _, found = results(streamed, features)
     _, _, expected = results(exact, features.double())
     error = (found - expected).abs().sum() / expected.abs().sum()
@@ -420,13 +426,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("memory", ["full", "streamed", "auto"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_auto_streams_where_the_scores_are_larger_than_a_limit(
     calls: list[Tensor], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, memory: str
 ) -> None:
     criterion = SwAVLoss(DIMENSION, (5, 7), memory=memory).to(dtype)
+    bytes_of_one = max(4, dtype.itemsize)  # of codes, and of what they are computed in
     for entries, streams in [(3 * 8 * 5 - 1, 2), (3 * 8 * 5, 1), (3 * 8 * 7, 0)]:
-        monkeypatch.setattr(swav, "_BYTES_OF_FULL_SCORES", entries * dtype.itemsize)
+        monkeypatch.setattr(swav, "_BYTES_OF_FULL_SCORES", entries * bytes_of_one)
         for values in (0.0, 1.0, math.nan):
             calls.clear()
             criterion(torch.full((3, 8, DIMENSION), values, dtype=dtype))
