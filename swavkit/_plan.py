@@ -99,8 +99,9 @@ class Plan:
             room = codes.__getitem__
             self.keeps_entries = True
         else:
-            samples = max((sample_mass[part].numel() for part in parts), default=0)
-            memory = empty((samples, num_prototypes), sample_mass.dtype, sample_mass).flatten()
+            samples = max([0, *(sample_mass[part].numel() for part in parts)])
+            shape = samples, num_prototypes
+            memory = empty(shape, sample_mass.dtype, sample_mass).flatten()
 
             def room(part: Part) -> Tensor:
                 shape = (*sample_mass[part].shape, num_prototypes)
@@ -216,8 +217,8 @@ class Plan:
     def _largest_of(self, block: Block) -> Tensor:
         scores = self.scores(block.part)
         # NaN and infinity show in a sum: less itself it is NaN.
-        torch.sum(scores, dim=-1, dtype=block.flaw.dtype, out=block.flaw)
-        block.flaw.sub_(block.flaw)
+        total = scores.sum(dim=-1, dtype=block.flaw.dtype)
+        block.flaw.copy_(total - total)
         left_out = block.flaw if block.absence is None else block.flaw + block.absence
         return self._exponents_of(block, scores, left_out).amax(dim=-2)
 

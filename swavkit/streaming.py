@@ -130,7 +130,7 @@ class _Scores:
             self.of_codes = torch.cat([self.of_codes, recent], dim=1)
             others = self._blocks(features.shape[1], self.of_codes.shape[1])
         self.parts = [(slice(None), rows) for rows in self.blocks + others]
-        rows = max((rows.stop - rows.start for rows in self.blocks + others), default=0)
+        rows = max([0, *(rows.stop - rows.start for rows in self.blocks + others)])
         self.memory = empty((len(features) * rows, len(directions)), features.dtype, features)
 
     def _blocks(self, first: int, last: int) -> list[slice]:
@@ -170,14 +170,10 @@ def _loss(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Return the loss, and its gradients for features and directions, if they are asked for."""
     features, directions = scores.features, scores.directions
-    views, samples, _ = features.shape
+    views = len(features)
     share = shares(sample_weight, features[0])
-    # In the product for the directions the shares take part relative to the largest one, so that
-    # none underflows; the rest comes after it.
-    largest = share.amax() if samples else share.sum()
-    relative = share / torch.where(largest == 0, 1, largest)
     scale = residual_scale(features.dtype)
-    # Products of residuals in float16 could leave its range.
+    # Products in float16 could leave its range, upwards for residuals and downwards for shares.
     dtype = torch.float32 if features.dtype == torch.float16 else features.dtype
     of_features = share.new_zeros(features.shape if with_gradients else (0,))
     of_directions = share.new_zeros(directions.shape if with_gradients else (0,))
@@ -197,17 +193,17 @@ def _loss(
         loss += (share[rows] * errors).sum()
         if with_gradients:
             residual = of_block.flatten(0, 1).to(dtype)  # (V·b, K)
-            weighted = features[:, rows] * relative[rows].unsqueeze(-1)
+            weighted = features[:, rows] * share[rows].unsqueeze(-1)
             products = (residual @ directions.to(dtype)).view(
                 of_block.shape[:2] + features.shape[-1:]
             )
-            torch.mul(products, (factor * share[rows]).unsqueeze(-1), out=of_features[:, rows])
+            of_features[:, rows] = products * (factor * share[rows]).unsqueeze(-1)
             weighted = weighted.flatten(0, 1).to(dtype)
             if dtype == of_directions.dtype:
                 of_directions.addmm_(residual.T, weighted)
             else:
                 of_directions += residual.T @ weighted
-    of_directions *= factor * largest
+    of_directions *= factor
     return loss / (len(scores.of_codes) * (views - 1)), (of_features, of_directions)
 
 

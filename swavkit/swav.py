@@ -360,10 +360,12 @@ class SwAVLoss(nn.Module):
                 "that is replaced or has hooks, got 'streamed'"
             )
         views, samples, _ = features.shape
-        rows = views * samples + self.num_code_views * samples  # of scores and of codes
-        if self.queue is not None:  # scores of the queue, of both together, and longer codes
-            rows += self.num_code_views * (samples + 3 * self.queue.length)
-        large = rows * head.num_prototypes * features.element_size() > _BYTES_OF_FULL_MEMORY
+        queued = 0 if self.queue is None else self.queue.length
+        rows = views * samples + self.num_code_views * (samples + queued)  # scores, and codes
+        if queued:  # scores of the queue, and behind those of the code views
+            rows += self.num_code_views * (queued + samples + queued)
+        size = rows * head.num_prototypes * at_least_float32(features.dtype).itemsize
+        large = size > _BYTES_OF_FULL_MEMORY
         return possible and (self.memory == "streamed" or (self.memory == "auto" and large))
 
     @torch.no_grad()
