@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+__all__ = ["SwAVDetails"]
+
 
 class SwAVDetails(NamedTuple):
     """What :class:`SwAVLoss` computed on the way to the loss, without gradient.

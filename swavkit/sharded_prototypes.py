@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable loads the compiler at once
 
 from swavkit import _checks
 from swavkit._details import SwAVDetails
@@ -154,7 +155,7 @@ def layer_class(
     return partial(ShardedPrototypeLayer, process_group=process_group)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+@_disable_dynamo  # type: ignore[untyped-decorator, unused-ignore]
 def losses_of_shards(
     criterion: Any,
     heads: Sequence[PrototypeLayer],
