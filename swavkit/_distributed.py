@@ -7,6 +7,7 @@ alone", for which every reduction is the identity.
 from __future__ import annotations
 
 import os
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -162,6 +163,37 @@ def own_row(values: Tensor, group: ProcessGroup | None) -> Tensor | None:
     from torch.distributed.tensor import DTensor
 
     return values.to_local()[0] if isinstance(values, DTensor) else None
+
+
+def rows_of(number: int, rank: int, size: int) -> slice:
+    """Return which of ``number`` rows are on a process, as ``Shard(0)`` deals them out.
+
+    All processes have as many but for the last ones, which have fewer or none.
+    """
+    most = -(-number // size)
+    return slice(min(rank * most, number), min((rank + 1) * most, number))
+
+
+def sharded(own: Tensor, dim: int, number: int, group: ProcessGroup) -> Tensor:
+    """Return the ``DTensor`` of ``number`` entries along ``dim``, some of them this process's own.
+
+    It shares the memory of ``own``, if that is contiguous. They must lie as :func:`rows_of` says.
+    """
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = DeviceMesh.from_group(group, own.device.type)
+    shape = torch.Size([*own.shape[:dim], number, *own.shape[dim + 1 :]])
+    stride = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return DTensor.from_local(
+        own.contiguous(), mesh, [Shard(dim)], run_check=False, shape=shape, stride=stride
+    )
+
+
+def local_part(values: Tensor) -> Tensor:
+    """Return what this process has of a ``DTensor``, in the same memory, differentiably."""
+    own: Tensor = values.to_local()  # type: ignore[attr-defined]
+    return own
 
 
 def saved_tensors(

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from swavkit import _checks
 from swavkit._agreement import Agreement
-from swavkit._distributed import participants, share_of_mean
+from swavkit._details import SwAVDetails
+from swavkit._distributed import participants, share_of_mean, sum_over_ranks
 from swavkit._hooks import is_plainly
 from swavkit._precision import at_least_float32, product_dtype
 from swavkit._recomputation import Recomputation, keeping_what_it_saves
 from swavkit._record import ADVICE, record
 from swavkit.feature_queue import FeatureQueue
 from swavkit.prototypes import PrototypeLayer, product, unit_rows
+from swavkit.sharded_prototypes import ShardedPrototypeLayer, layer_class, losses_of_shards
 from swavkit.sinkhorn import SinkhornKnopp
 from swavkit.streaming import streamed_loss
 from swavkit.swapped_prediction import SwappedPredictionLoss, loss_of_factors
@@ -29,18 +31,6 @@ __all__ = ["SwAVDetails", "SwAVLoss"]
 
 # A head whose scores and codes would take more than that is streamed, unless told otherwise.
 _BYTES_OF_FULL_MEMORY = 2**30
-
-
-class SwAVDetails(NamedTuple):
-    """What :class:`SwAVLoss` computed on the way to the loss, without gradient.
-
-    Attributes:
-        codes: (A, B, K), what the views had to predict, float32 (float64 for float64 scores).
-        scores: (V, B, K), the cosines of features and prototypes.
-    """
-
-    codes: Tensor
-    scores: Tensor
 
 
 class SwAVLoss(nn.Module):
@@ -85,6 +75,9 @@ class SwAVLoss(nn.Module):
             different sizes: scaled so that the mean over processes, which DDP makes of gradients,
             is the mean over all samples of those that share codes. Where a call does not
             synchronise, both are the same.
+        shard_prototypes: Whether each process keeps a part of the prototypes only, for K that one
+            device should not hold: see "Sharded prototypes" in the documentation. One process alone
+            keeps all.
         process_group: The processes that share the batch for codes; the default group if ``None``.
         synchronize: Whether to share the batch for codes with other processes in training mode;
             ``"always"`` for ``eval()`` too, where then all processes must make the call.
@@ -135,6 +128,7 @@ class SwAVLoss(nn.Module):
         synchronize: bool | Literal["always"] = True,
         prototype_gradient: Literal["tangent", "published"] = "tangent",
         queue_dtype: torch.dtype | None = None,
+        shard_prototypes: bool = False,
     ) -> None:
         super().__init__()
         self.num_code_views = _checks.positive_int("num_code_views", num_code_views)
@@ -146,17 +140,14 @@ class SwAVLoss(nn.Module):
         _checks.choice("reduction", reduction, ("mean", "global_mean"))
         self.reduction = reduction
         self.prototypes: PrototypeLayer | nn.ModuleList
+        layer = layer_class(shard_prototypes, process_group, synchronize)
         if isinstance(num_prototypes, (list, tuple)):
             sizes = _checks.positive_ints("num_prototypes", num_prototypes)
             self.prototypes = nn.ModuleList(
-                PrototypeLayer(feature_dim, size, gradient=prototype_gradient) for size in sizes
+                layer(feature_dim, size, gradient=prototype_gradient) for size in sizes
             )
         else:
-            self.prototypes = PrototypeLayer(
-                feature_dim,
-                num_prototypes,  # type: ignore[arg-type]
-                gradient=prototype_gradient,
-            )
+            self.prototypes = layer(feature_dim, num_prototypes, gradient=prototype_gradient)
         self.sinkhorn = SinkhornKnopp(
             epsilon, iterations, process_group=process_group, synchronize=synchronize
         )
@@ -234,20 +225,24 @@ class SwAVLoss(nn.Module):
             finite = together.detach().isfinite().all(dim=-1, keepdim=True)
             around = (sample_weight == 0).unsqueeze(-1) & ~finite  # (V, B, 1)
             together = together.masked_fill(around, 0)
+        shards = isinstance(heads[0], ShardedPrototypeLayer)
         own = rider = None
         if self.reduction == "global_mean" and group is not None:
             weights = together.new_ones(len(views[0])) if sample_weight is None else sample_weight
             own = weights.detach().sum(dtype=at_least_float32(together.dtype))
             rider = own.clone()  # to be summed over the processes along with the first codes
-        losses, details = zip(
-            *(
+            if shards:
+                rider = sum_over_ranks(rider, group)
+        if shards:
+            parts = losses_of_shards(self, heads, together, sample_weight, group, return_details)
+        else:
+            parts = [
                 self._loss_of_head(
                     head, together, around, sample_weight, return_details, None if place else rider
                 )
                 for place, head in enumerate(heads)
-            ),
-            strict=True,
-        )
+            ]
+        losses, details = zip(*parts, strict=True)
         loss: Tensor = losses[0] if len(heads) == 1 else torch.stack(losses).mean()
         if own is not None and rider is not None:
             loss = loss * share_of_mean(own, rider, group)

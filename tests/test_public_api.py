@@ -61,7 +61,7 @@ CALLS = {
     "SwAVLoss": "(feature_dim, num_prototypes, *, num_code_views=2, temperature=0.1, "
     "epsilon=0.05, iterations=3, queue_length=0, queue_start=0, freeze_steps=0, "
     "memory='auto', reduction='mean', process_group=None, synchronize=True, "
-    "prototype_gradient='tangent', queue_dtype=None)",
+    "prototype_gradient='tangent', queue_dtype=None, shard_prototypes=False)",
     "SwAVLoss.check_ranks": "(self)",
     "SwAVLoss.forward": "(self, features, *, sample_weight=None, return_details=False)",
     "SwAVDetails": "(codes, scores)",
