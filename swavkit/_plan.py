@@ -99,7 +99,7 @@ class Plan:
             room = codes.__getitem__
             self.keeps_entries = True
         else:
-            samples = max((sample_mass[part].numel() for part in parts), default=0)
+            samples = max([0, *[sample_mass[part].numel() for part in parts]])
             memory = empty((samples, num_prototypes), sample_mass.dtype, sample_mass).flatten()
 
             def room(part: Part) -> Tensor:

@@ -51,6 +51,7 @@ _FEATURES_OF_A_BLOCK = 256
 _MOST_ENTRIES_OF_A_BLOCK = 2**26
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # blocks share memory: numbers went wrong
 def streamed_loss(
     features: Tensor,
     directions: Tensor,
@@ -130,7 +131,7 @@ class _Scores:
             self.of_codes = torch.cat([self.of_codes, recent], dim=1)
             others = self._blocks(features.shape[1], self.of_codes.shape[1])
         self.parts = [(slice(None), rows) for rows in self.blocks + others]
-        rows = max((rows.stop - rows.start for rows in self.blocks + others), default=0)
+        rows = max([0, *[rows.stop - rows.start for rows in self.blocks + others]])
         self.memory = empty((len(features) * rows, len(directions)), features.dtype, features)
 
     def _blocks(self, first: int, last: int) -> list[slice]:

@@ -69,6 +69,7 @@ def fsdp_around_the_loss_and_the_root(network: Network, group: Any) -> nn.Module
 
 
 def fsdp_around_prototypes_and_the_root(network: Network, group: Any) -> nn.Module:
+    network.criterion.memory = "full"  # layers that FSDP2 has taken over are called
     prototypes = network.criterion.prototypes
     for layer in prototypes if isinstance(prototypes, nn.ModuleList) else [prototypes]:
         fully_shard(layer)
@@ -97,7 +98,8 @@ def checkpointed_both_under_fsdp(network: Network, group: Any) -> nn.Module:
 def ddp_around_a_compiled_network(network: Network, group: Any) -> Callable[..., Any]:
     network.call_encoder = checkpointed
     torch._dynamo.reset()
-    network.compile(backend="aot_eager", fullgraph=True)
+    streams = network.criterion.memory == "streamed"  # outside of any graph
+    network.compile(backend="aot_eager", fullgraph=not streams)
     parallel = under_ddp(network, group)
     return lambda inputs, weight, details: parallel(inputs, weight, False)
 
