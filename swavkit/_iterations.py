@@ -51,18 +51,17 @@ def _iterate(
         prototype_mass = _equal_masses(log_u)
     else:
         log_u += prototype_mass.log()
-    sums = sum_over_ranks(plan.start(log_u), group, rider)
+    mass = sum_over_ranks(plan.start(log_u), group, rider)
     wanted = prototype_mass
     for iteration in range(iterations):
         if iteration > 0:
-            sums = sum_over_ranks(plan.sums(), group)
-            mass = sums * plan.u
+            mass = sum_over_ranks(plan.masses(), group)
             if iteration == 1:  # v follows any factor of u, so the first u need not know the total
                 wanted = prototype_mass * mass.sum(dim=-1, keepdim=True)
             if tolerance is not None and _near(mass, wanted, tolerance):
                 break
         # No mass is wanted where there is none, or nobody is present.
-        plan.scale((wanted / sums).masked_fill_(sums == 0, 1))
+        plan.scale((wanted / mass).masked_fill_(mass == 0, 1))
 
 
 def _near(mass: Tensor, wanted: Tensor, tolerance: float) -> bool:

@@ -70,6 +70,9 @@ class Plan:
         codes: (B, K) or (N, B, K), memory for the codes, if they are wanted as a whole.
     """
 
+    log_u: Tensor
+    u: Tensor
+
     def __init__(
         self,
         scores: Callable[[Part], Tensor],
@@ -88,6 +91,7 @@ class Plan:
         self.lowest = torch.finfo(sample_mass.dtype).min / 4  # an exponent that does not count
         self.shape = (*sample_mass.shape[:-1], num_prototypes)
         self.scalings = 0  # by u, of one P
+        self.scaled = False  # at all; before that there is no u
         self.flaw = torch.empty_like(sample_mass)
         self.absence = None
         if weighted:
@@ -99,12 +103,13 @@ class Plan:
             room = codes.__getitem__
             self.keeps_entries = True
         else:
-            samples = max([0, *(sample_mass[part].numel() for part in parts)])
-            shape = samples, num_prototypes
-            memory = empty(shape, sample_mass.dtype, sample_mass).flatten()
+            samples = max([0, *[sample_mass[part].numel() for part in parts]])
+            memory = empty((samples, num_prototypes), sample_mass.dtype, sample_mass).flatten()
 
             def room(part: Part) -> Tensor:
                 shape = (*sample_mass[part].shape, num_prototypes)
+                if torch.compiler.is_compiling():  # does not see that parts would share memory
+                    return sample_mass.new_empty(shape)
                 return memory[: math.prod(shape)].view(shape)
 
             self.keeps_entries = len(parts) == 1
@@ -146,18 +151,23 @@ class Plan:
         self.holds_p = self.keeps_entries
         return sums
 
-    def scale(self, u: Tensor) -> None:
-        """Set u (..., K)."""
-        self.u = u
+    def scale(self, factor: Tensor) -> None:
+        """Multiply u by ``factor`` (..., K)."""
+        self.u = self.u * factor if self.scaled else factor
+        self.scaled = True
         self.scalings += 1
 
-    def sums(self) -> Tensor:
-        """Return Σ_i r_i v_i P_ij, (..., K); times u they are the masses of the prototypes in Q."""
+    def masses(self) -> Tensor:
+        """Return the masses of the prototypes in Q, (..., K).
+
+        They do not tell how u is spread over ``log_u`` and ``u``, which may differ from process to
+        process.
+        """
         if self.scalings == self.scalings_of_one_p:
             self._renew()
         sums = self._over_blocks(self._sums_of, torch.add, 0)
         self.holds_p = self.keeps_entries
-        return sums
+        return sums.mul_(self.u)
 
     def codes(self) -> Tensor:
         """Return Q, (..., B, K), in the dtype of the memory for it. The plan is used up."""

@@ -130,8 +130,11 @@ class _Scores:
             self.of_codes = torch.cat([self.of_codes, recent], dim=1)
             others = self._blocks(features.shape[1], self.of_codes.shape[1])
         self.parts = [(slice(None), rows) for rows in self.blocks + others]
-        rows = max([0, *(rows.stop - rows.start for rows in self.blocks + others)])
-        self.memory = empty((len(features) * rows, len(directions)), features.dtype, features)
+        rows = max([0, *[rows.stop - rows.start for rows in self.blocks + others]])
+        self.memory: Tensor | None = None
+        if not torch.compiler.is_compiling():  # which finds memory for everything itself
+            shape = len(features) * rows, len(directions)
+            self.memory = empty(shape, features.dtype, features)
 
     def _blocks(self, first: int, last: int) -> list[slice]:
         """Return the samples from ``first`` up to ``last`` in blocks."""
@@ -156,7 +159,8 @@ class _Scores:
     def of(self, features: Tensor) -> Tensor:
         """Return the scores of some (..., b, D), in memory that the next ones overwrite."""
         rows = features.flatten(0, -2)
-        scores = torch.mm(rows, self.directions.T, out=self.memory[: len(rows)])
+        memory = None if self.memory is None else self.memory[: len(rows)]
+        scores = torch.mm(rows, self.directions.T, out=memory)
         return scores.view(*features.shape[:-1], len(self.directions))
 
 

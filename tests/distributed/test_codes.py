@@ -197,6 +197,22 @@ def test_a_rank_whose_samples_are_all_absent_changes_nothing(ranks: Ranks, itera
     np.testing.assert_allclose(codes[finite], with_absent, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("iterations", [1, 2, 3, 6, 7, 12])
+def test_each_rank_may_weigh_in_its_own_way(ranks: Ranks, iterations: int) -> None:
+    """Ranks then compute P anew at different iterations."""
+    scores = cosines(3, 12, 5)
+    weight = np.array([1, 1, 1, 1, 1, 0.5, 3, 0.1, 1, 0, 1, 1])
+    parts = [
+        {"scores": part, "settings": {"iterations": iterations}}
+        for part in along_samples(scores, (5, 3, 4), -2)
+    ]
+    parts[1]["sample_weight"] = weight[5:8]
+    parts[2]["sample_weight"] = weight[8:].astype(bool)
+    codes = np.concatenate(ranks.run(codes_of_part, parts))
+    expected = oracles.sinkhorn(scores, 0.05, iterations, weight)
+    np.testing.assert_allclose(codes, expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("iterations", [1, 3, 8])
 def test_where_every_sample_is_absent_codes_are_those_of_the_scores_alone(
     ranks: Ranks, iterations: int
