@@ -69,6 +69,7 @@ def fsdp_around_the_loss_and_the_root(network: Network, group: Any) -> nn.Module
 
 
 def fsdp_around_prototypes_and_the_root(network: Network, group: Any) -> nn.Module:
+    network.criterion.memory = "full"  # layers that FSDP2 has taken over are called
     prototypes = network.criterion.prototypes
     for layer in prototypes if isinstance(prototypes, nn.ModuleList) else [prototypes]:
         fully_shard(layer)
