@@ -27,7 +27,7 @@ from swavkit import SwAVLoss
 from tests.ranks import Ranks
 
 PROCESSES = (1, 2)
-CASES = (Problem(256, 3000), Problem(64, 65_536))
+CASES = (Problem(256, 3000), Problem(64, 16_384))
 QUICK = Problem(16, 50)
 COLLECTIVES = ("all_reduce", "all_gather")
 
@@ -84,7 +84,7 @@ def measure(*, quick: bool) -> list[Row]:
     for processes in PROCESSES:
         ranks = Ranks(processes)
         for problem in (QUICK,) if quick else CASES:
-            seconds = 0.1 if quick else 4.0
+            seconds = 0.1 if quick else 2.0
             rows += _rows(problem, ranks.run(of_rank, [(problem, seconds)] * processes))
         ranks.close()
     return rows

@@ -153,6 +153,7 @@ def assert_trained_alike(ranks: Ranks, arguments: list[dict[str, Any]]) -> list[
         ((3, 4, 1), {"freeze_steps": 2, "prototype_gradient": "published"}),
         ((3, 4, 1), {"iterations": 9, "epsilon": 0.02, "temperature": 0.03}),
         ((3, 4, 1), {"num_code_views": 1}),
+        ((3, 0, 4), {"reduction": "global_mean", "queue_length": 4}),
         ((3, 4, 1), {"num_code_views": 3, "iterations": 1}),
         ((2, 3, 0, 4), {"num_prototypes": 5}),  # one process has no prototypes
     ],
@@ -368,9 +369,9 @@ def lengths_in_training(rank: int, shard_prototypes: bool) -> set[int]:
         criterion = SwAVLoss(
             FEATURES, UNLIKE, queue_length=5, shard_prototypes=shard_prototypes
         ).double()
-        optimizers = [
-            torch.optim.AdamW(part.parameters(), foreach=False) for part in (network, criterion)
-        ]
+        # Nobody averages the gradients of prototypes that are on every process here.
+        parts = (network, criterion) if shard_prototypes else (network,)
+        optimizers = [torch.optim.AdamW(part.parameters(), foreach=False) for part in parts]
         for batch in torch.tensor(batches((4, 0, 3), steps=3)[rank]):
             for optimizer in optimizers:
                 optimizer.zero_grad()
@@ -632,6 +633,8 @@ def refusals(rank: int) -> None:
     criterion = SwAVLoss(FEATURES, K, queue_length=4, shard_prototypes=True)
     with pytest.raises(RuntimeError, match="no process has all prototypes"):
         criterion.eval()(features)
+    together = SwAVLoss(FEATURES, K, shard_prototypes=True, synchronize="always").eval()
+    assert together(features).isfinite()  # by all processes
     criterion.train()
     handle = criterion.loss.register_forward_hook(lambda *_: None)
     with pytest.raises(RuntimeError, match="as SwAVLoss made them"):
