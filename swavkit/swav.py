@@ -70,8 +70,8 @@ class SwAVLoss(nn.Module):
             decay may rescale them meanwhile, which changes no score; Adam's coupled decay can turn
             them, and so can SGD with momentum and a decay of several per cent a step.
         memory: ``"full"`` holds the scores of all views; ``"streamed"`` computes them again block
-            by block, with the same result, and holds none; ``"auto"`` streams where the scores,
-            those of the queue included, would take more than 512 MiB. Details, validated codes, and
+            by block, with the same result, and holds none; ``"auto"`` streams where the scores, the
+            queue's and copies included, would take more than 512 MiB. Details, validated codes, and
             a part that is replaced or has hooks need ``"full"`` or ``"auto"``.
         process_group: The processes that share the batch for codes; the default group if ``None``.
         synchronize: Whether to share the batch for codes with other processes in training mode.
@@ -298,11 +298,12 @@ class SwAVLoss(nn.Module):
                 "memory must be 'full' or 'auto' for details, for validated codes, and with a part "
                 "that is replaced or has hooks, got 'streamed'"
             )
-        features_scored = features.shape[:-1].numel()
-        if self.queue is not None:  # scored too, then put behind the scores of the code views
-            samples = features.shape[1] + 2 * self.queue.length
-            features_scored += self.num_code_views * samples
-        size = features_scored * head.num_prototypes * at_least_float32(features.dtype).itemsize
+        views, samples, _ = features.shape
+        queued = 0 if self.queue is None else self.queue.length
+        rows = views * samples + self.num_code_views * queued
+        if queued or product_dtype(features).itemsize < 4:  # put together, or in float32
+            rows += self.num_code_views * (samples + queued)
+        size = rows * head.num_prototypes * at_least_float32(features.dtype).itemsize
         large = size > _BYTES_OF_FULL_SCORES
         return possible and (self.memory == "streamed" or (self.memory == "auto" and large))
 
