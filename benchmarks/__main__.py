@@ -10,12 +10,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bench_loss, bench_queue, bench_sinkhorn, kernels
+from benchmarks import (
+    bench_loss,
+    bench_multicrop,
+    bench_queue,
+    bench_ranks,
+    bench_sinkhorn,
+    kernels,
+)
 from benchmarks.harness import Suite, environment, measure
 
 SUITES = {module.SUITE.name: module.SUITE for module in (bench_sinkhorn, bench_loss, bench_queue)}
 KERNELS = "kernels"  # is counted, not timed
-NAMES = [*SUITES, KERNELS]
+RANKS = "ranks"  # runs in processes of its own
+NAMES = [*SUITES, bench_multicrop.NAME, KERNELS, RANKS]
 HEADER = (
     "contender", "rounds", "median", "quartiles", "× swavkit", "quartiles", "extra memory", "error"
 )  # fmt: skip
@@ -46,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.suites or NAMES:
         if name == KERNELS:
             report[KERNELS] = count()
+        elif name == bench_multicrop.NAME:
+            report[name] = bench_multicrop.run(options.output, quick=options.quick)
+        elif name == RANKS:
+            report[RANKS] = share(quick=options.quick)
         else:
             report["results"] += run(SUITES[name], quick=options.quick)
 
@@ -54,9 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
     if report["results"] and importlib.util.find_spec("matplotlib"):
-        from benchmarks.plots import plot
+        from benchmarks.plots import plot, plot_against_prototypes
 
         plot(report["results"], options.output / "benchmarks.png")
+        plot_against_prototypes(report["results"], options.output / "prototypes.png")
 
 
 def run(suite: Suite, *, quick: bool) -> list[dict[str, Any]]:
@@ -80,6 +93,15 @@ def count() -> dict[str, Any]:
     title = f"{KERNELS}: {kernels.ITERATIONS} iterations, {kernels.unit(device)}"
     print(title, table_of_counts(found), sep="\n")
     return {"unit": kernels.unit(device), "counts": [asdict(one) for one in found]}
+
+
+def share(*, quick: bool) -> list[dict[str, Any]]:
+    """Print what several processes measure, and return it as rows of plain values."""
+    rows = bench_ranks.measure(quick=quick)
+    for title in dict.fromkeys(row.title for row in rows):
+        lines = [bench_ranks.cells(row) for row in rows if row.title == title]
+        print(title, _aligned([bench_ranks.HEADER, *lines]), sep="\n")
+    return bench_ranks.plain(rows)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.harness import OURS, Calls, Suite
 from benchmarks.inputs import clustered
@@ -17,6 +19,8 @@ from tests import oracles
 
 FEATURE_DIM = 128
 CODE_VIEWS = 2
+FULL, STREAMED = f"{OURS}, full", f"{OURS}, streamed"
+_MOST_SCORES_IN_FLOAT64 = 2**28  # the reference holds several matrices of them
 
 
 @dataclass(frozen=True)
@@ -42,16 +46,19 @@ class Problem:
 def prepare(problem: Problem) -> Calls:
     features, weight = problem.inputs()
     features.requires_grad_()
-    criterion = SwAVLoss(FEATURE_DIM, problem.prototypes, num_code_views=CODE_VIEWS)
-    with torch.no_grad():
-        criterion.prototypes.weight.copy_(weight)
-    weight.requires_grad_()
-    gradient = torch.ones(problem.views, problem.samples, problem.prototypes)
-    gradient /= gradient.numel()
+    weight = nn.Parameter(weight)
 
-    def ours() -> tuple[Tensor, ...]:
-        loss = criterion(features)
-        return loss, *torch.autograd.grad(loss, [features, criterion.prototypes.weight])
+    def ours(memory: Literal["auto", "full", "streamed"]) -> Callable[[], tuple[Tensor, ...]]:
+        criterion = SwAVLoss(
+            FEATURE_DIM, problem.prototypes, num_code_views=CODE_VIEWS, memory=memory
+        )
+        criterion.prototypes.weight = weight  # one matrix for all contenders
+
+        def step() -> tuple[Tensor, ...]:
+            loss = criterion(features)
+            return loss, *torch.autograd.grad(loss, [features, weight])
+
+        return step
 
     def published() -> tuple[Tensor, ...]:
         loss = published_step(features, weight, CODE_VIEWS)
@@ -61,10 +68,16 @@ def prepare(problem: Problem) -> Calls:
     def products() -> tuple[Tensor, ...]:
         """Make the products of any such step, and nothing else."""
         scores = features @ weight.T
-        of_weight = gradient.flatten(0, 1).T @ features.flatten(0, 1)
-        return scores, gradient @ weight, of_weight
+        of_weight = scores.flatten(0, 1).T @ features.flatten(0, 1)
+        return scores, scores @ weight, of_weight
 
-    return {OURS: ours, "published": published, "its 3 matrix products": products}
+    return {
+        OURS: ours("auto"),
+        FULL: ours("full"),
+        STREAMED: ours("streamed"),
+        "published": published,
+        "its 3 matrix products": products,
+    }
 
 
 def check_reference() -> None:
@@ -78,7 +91,9 @@ def check_reference() -> None:
 
 def errors(problem: Problem, calls: Calls) -> dict[str, float]:
     """Return the largest error of the loss and of its gradients, relative to the largest entry."""
-    features, weight = (values.double().requires_grad_() for values in problem.inputs())
+    scores = problem.views * problem.samples * problem.prototypes
+    dtype = torch.float64 if scores <= _MOST_SCORES_IN_FLOAT64 else torch.float32
+    features, weight = (values.to(dtype).requires_grad_() for values in problem.inputs())
     loss = published_step(features, weight, CODE_VIEWS)
     expected = loss, *torch.autograd.grad(loss, [features, weight])
     return {
@@ -88,7 +103,7 @@ def errors(problem: Problem, calls: Calls) -> dict[str, float]:
                 comparable(*calls[name](), weight), comparable(*expected, weight), strict=True
             )
         )
-        for name in (OURS, "published")
+        for name in (OURS, FULL, STREAMED, "published")
     }
 
 
@@ -105,9 +120,14 @@ def comparable(
     return [loss.detach(), of_features, of_weight - along]
 
 
+SWEEP = (300, 3_000, 30_000, 100_000, 300_000, 1_000_000)
 SUITE = Suite(
     name="loss",
-    cases=(Problem(64, 300), Problem(256, 3000), Problem(64, 65_536)),
+    cases=(
+        *(Problem(64, prototypes) for prototypes in SWEEP),
+        Problem(256, 3000),
+        Problem(256, 65_536),
+    ),
     quick=Problem(16, 50),
     prepare=prepare,
     check_reference=check_reference,

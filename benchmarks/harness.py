@@ -99,7 +99,8 @@ def time_interleaved(
 ) -> dict[str, dict[int, float]]:
     """Time the calls in turn, so that whatever disturbs the machine disturbs all of them.
 
-    Each call is timed for about ``seconds``, at least ``least`` and at most ``most`` times. The
+    Each call is timed for about ``seconds``, at least ``least`` times (but a call that takes long
+    only twice) and at most ``most`` times. The
     first one takes part in every round; a slower one in one of two, of three, and so on, so that it
     does not cost the others their repetitions. A different call begins each round. Two rounds
     before that warm up. Returned is, for each call, its time in each of its rounds.
@@ -113,8 +114,8 @@ def time_interleaved(
     order = list(calls)
     warm_up = [{name: timed(name) for name in order} for _ in range(2)]
     wanted = {
-        name: min(max(least, int(seconds / min(times[name] for times in warm_up))), most)
-        for name in order
+        name: min(max(_least(least, quickest), int(seconds / quickest)), most)
+        for name, quickest in ((name, min(times[name] for times in warm_up)) for name in order)
     }
     rounds = wanted[order[0]]
     every = {name: max(1, rounds // number) for name, number in wanted.items()}
@@ -125,6 +126,11 @@ def time_interleaved(
                 samples[name][number] = timed(name)
         order.append(order.pop(0))
     return samples
+
+
+def _least(least: int, seconds: float) -> int:
+    """Return how often a call must be timed that takes so long: not for minutes."""
+    return max(2, min(least, int(20 / seconds)))
 
 
 def paired_ratios(samples: Mapping[int, float], baseline: Mapping[int, float]) -> list[float]:

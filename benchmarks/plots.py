@@ -52,3 +52,31 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         of_memory.barh([0], [0], color=f"C{number}", label=contender)
     figure.legend(loc="outside upper center", ncols=min(len(contenders), 5))
     figure.savefig(path, dpi=120)
+
+
+def plot_against_prototypes(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw time and memory of the loss against the number of prototypes, at one batch size.
+
+    Nothing is drawn of fewer than two problems.
+    """
+    rows = [row for row in rows if row["suite"] == "loss"]
+    samples = min((row["problem"]["samples"] for row in rows), default=0)
+    rows = [row for row in rows if row["problem"]["samples"] == samples]
+    if len({row["title"] for row in rows}) < 2:
+        return
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    of_time, of_memory = figure.subplots(1, 2)
+    for contender in dict.fromkeys(row["contender"] for row in rows):
+        own = [row for row in rows if row["contender"] == contender]
+        prototypes = [row["problem"]["prototypes"] for row in own]
+        style: dict[str, Any] = {"marker": "o", "label": contender, "alpha": 0.8}
+        of_time.plot(prototypes, [row["seconds"]["median"] for row in own], **style)
+        memory = [max(row["extra_memory"] or 0, 1e6) / 2**20 for row in own]
+        of_memory.plot(prototypes, memory, **style)
+    for axes, text in ((of_time, "seconds, median"), (of_memory, "peak of the extra memory, MiB")):
+        axes.set(xscale="log", yscale="log", xlabel="prototypes", ylabel=text)
+        axes.grid(alpha=0.3)
+    of_time.set_title(f"forward and backward, {samples} images")
+    of_time.legend()
+    figure.savefig(path, dpi=120)

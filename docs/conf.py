@@ -23,7 +23,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     # No inventory of another project is fetched, so that the build needs no network.
     ("py:.*", r"(torch|nn|typing|collections|os)\..*"),
-    ("py:.*", r"swavkit\..*\._\w+"),  # a private type in an annotation
+    ("py:.*", r"swavkit\.(.*\.)?_\w+(\..*)?"),  # a private type in an annotation
     (
         "py:.*",
         r"(Tensor|ProcessGroup|StorageReader|Sequence|Callable|Any|Literal|optional|np\..*|Generator)",

@@ -4,9 +4,11 @@
 """
 
 from swavkit.checkpoints import load_sharded_state_dict, sharded_state_dict
+from swavkit.crop_group import CropGroup
 from swavkit.feature_queue import FeatureQueue
 from swavkit.marginals import marginal_error, power_law_prior
-from swavkit.multicrop import CropGroup, MultiCropTransform, multi_crop_forward
+from swavkit.multicrop import MultiCropTransform
+from swavkit.multicrop_forward import multi_crop_forward
 from swavkit.photometric import PhotometricDistortion
 from swavkit.prototypes import PrototypeLayer
 from swavkit.sinkhorn import SinkhornKnopp, sinkhorn_knopp

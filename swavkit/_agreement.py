@@ -9,6 +9,7 @@ import math
 import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,12 +89,13 @@ class Agreement:
     and so is guarded by no compiled graph. A copy, a loaded module and another group compare anew.
 
     Args:
-        calls: In how many of the first eager calls to compare.
+        repeatedly: Whether to compare at the first eager call only, or at the 2nd, 4th, 8th and so
+            on too: for what drifts apart in training, at once, or late because it is frozen first.
     """
 
-    def __init__(self, calls: int = 1) -> None:
-        self._calls = calls
-        self._done = 0
+    def __init__(self, *, repeatedly: bool = False) -> None:
+        self._repeatedly = repeatedly
+        self._calls = 0  # those with nothing to complain of
         self._group: Callable[[], ProcessGroup | None] = lambda: None
 
     def require(
@@ -113,16 +115,18 @@ class Agreement:
         if group is None or (torch.compiler.is_compiling() and not again):
             return
         if self._group() is not group:
-            self._group, self._done = weakref.ref(group), 0
-        if again or self._done < self._calls:
+            self._group, self._calls = weakref.ref(group), 0
+        call = self._calls + 1
+        if again or call == 1 or (self._repeatedly and call & (call - 1) == 0):
             require_same(record(), group, device, advice=advice)
-            self._done += 1
+        if not again:
+            self._calls = call
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Agreement:
-        return Agreement(self._calls)
+        return Agreement(repeatedly=self._repeatedly)
 
-    def __reduce__(self) -> tuple[type[Agreement], tuple[int]]:
-        return Agreement, (self._calls,)
+    def __reduce__(self) -> tuple[Callable[[], Agreement], tuple[()]]:
+        return partial(Agreement, repeatedly=self._repeatedly), ()
 
 
 def checksum(values: Tensor) -> Tensor:

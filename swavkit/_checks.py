@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Kind = TypeVar("Kind")
 
 
 def finite_float(name: str, value: Any) -> float:
@@ -70,6 +72,13 @@ def positive_range(name: str, value: Any, most: float = math.inf) -> tuple[float
 def positive_int(name: str, value: Any) -> int:
     """Return ``value`` as an int if it is a whole number of at least 1."""
     return _int_from(name, value, 1)
+
+
+def instance(name: str, value: Any, kind: type[Kind]) -> Kind:
+    """Return ``value`` if it is of the ``kind``."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+    return value
 
 
 def positive_ints(name: str, values: Sequence[Any]) -> list[int]:

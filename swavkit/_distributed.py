@@ -7,6 +7,7 @@ alone", for which every reduction is the identity.
 from __future__ import annotations
 
 import os
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,9 +80,34 @@ def participants(group: ProcessGroup | None, synchronize: bool) -> ProcessGroup 
     return chosen if dist.get_world_size(chosen) > 1 else None
 
 
-def sum_over_ranks(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Return the sum of ``values`` over the group; may overwrite ``values``."""
-    return _reduce(values, "SUM", group)
+def sum_over_ranks(
+    values: Tensor, group: ProcessGroup | None, rider: Tensor | None = None
+) -> Tensor:
+    """Return the sum of ``values`` over the group; may overwrite ``values``.
+
+    A ``rider`` is a small tensor that is summed along in the same collective, in place, with the
+    precision of ``values``.
+    """
+    if rider is None or group is None:
+        return _reduce(values, "SUM", group)
+    together = torch.cat([values.flatten(), rider.flatten().to(values.dtype)])
+    together = _reduce(together, "SUM", group)
+    rider.copy_(together[values.numel() :].view_as(rider))
+    return together[: values.numel()].view_as(values)
+
+
+def share_of_mean(own: Tensor, total: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Return what makes of a process's mean its part of the mean over all samples of the group.
+
+    The average over processes of all means times this is the mean over all samples. It is 0 for a
+    process without samples.
+
+    Args:
+        own: How many samples this process has, or their summed weight.
+        total: The sum of ``own`` over the group.
+        group: The processes.
+    """
+    return own * rank_and_size(group)[1] / torch.where(total == 0, 1, total)
 
 
 def max_over_ranks(values: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -108,6 +134,11 @@ def global_ranks(group: ProcessGroup) -> list[int]:
     return dist.get_process_group_ranks(group)
 
 
+def is_sharded(values: Tensor) -> bool:
+    """Tell whether this process may hold only a part of ``values``, a ``DTensor``."""
+    return hasattr(values, "device_mesh")  # the class takes longer to import than this package
+
+
 def shard_of(values: Tensor, group: ProcessGroup | None) -> Tensor:
     """Return the tensor whose row r is the ``values`` of process r, each holding its own row.
 
@@ -132,6 +163,37 @@ def own_row(values: Tensor, group: ProcessGroup | None) -> Tensor | None:
     from torch.distributed.tensor import DTensor
 
     return values.to_local()[0] if isinstance(values, DTensor) else None
+
+
+def rows_of(number: int, rank: int, size: int) -> slice:
+    """Return which of ``number`` rows are on a process, as ``Shard(0)`` deals them out.
+
+    All processes have as many but for the last ones, which have fewer or none.
+    """
+    most = -(-number // size)
+    return slice(min(rank * most, number), min((rank + 1) * most, number))
+
+
+def sharded(own: Tensor, dim: int, number: int, group: ProcessGroup) -> Tensor:
+    """Return the ``DTensor`` of ``number`` entries along ``dim``, some of them this process's own.
+
+    It shares the memory of ``own``, if that is contiguous. They must lie as :func:`rows_of` says.
+    """
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = DeviceMesh.from_group(group, own.device.type)
+    shape = torch.Size([*own.shape[:dim], number, *own.shape[dim + 1 :]])
+    stride = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return DTensor.from_local(
+        own.contiguous(), mesh, [Shard(dim)], run_check=False, shape=shape, stride=stride
+    )
+
+
+def local_part(values: Tensor) -> Tensor:
+    """Return what this process has of a ``DTensor``, in the same memory, differentiably."""
+    own: Tensor = values.to_local()  # type: ignore[attr-defined]
+    return own
 
 
 def saved_tensors(

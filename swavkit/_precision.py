@@ -11,7 +11,7 @@ _NOTHING = nullcontext()
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Return float64 for float64 and float32 for every narrower floating dtype."""
+    """Return float64 for float64 and float32 for every narrower dtype."""
     return torch.promote_types(dtype, torch.float32)
 
 

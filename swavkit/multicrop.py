@@ -1,93 +1,29 @@
 """Multi-crop: several random crops of an image at several resolutions, for any method.
 
-The random numbers are drawn on the CPU and become Python numbers, boxes and factors before a pixel
-is touched. So drawing and applying are separate functions, the same generator replays the same
-crops on any device, and nothing reads a device.
+All random numbers of a sample are drawn at once, on the CPU, and become boxes and factors before a
+pixel is touched. So the same generator replays the same crops on any device, in a batch as one by
+one, and nothing reads a device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from itertools import groupby
+from typing import Any, Literal, overload
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from swavkit import _checks
-from swavkit._precision import at_least_float32
+from swavkit import _checks, _colour, _crops, _images, photometric
+from swavkit._device import on_device, readable
+from swavkit._images import Images, PILImage
+from swavkit.crop_group import CropGroup, checked_groups
 from swavkit.photometric import PhotometricDistortion
 
-__all__ = [
-    "CropGroup",
-    "MultiCropTransform",
-    "multi_crop_forward",
-]
+__all__ = ["MultiCropTransform"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)  # the published code has 0.228 in the first place, a slip
-
-_TRIES = 10  # boxes that may miss the image before the central one is taken
-
-
-@runtime_checkable
-class _PILImage(Protocol):
-    """What this module asks of a PIL image, so that PIL need not be imported."""
-
-    @property
-    def mode(self) -> str: ...
-
-    def convert(self, mode: str) -> _PILImage: ...
-
-
-@dataclass(frozen=True)
-class CropGroup:
-    """One resolution of a multi-crop: how many crops, how large a part of the image each shows.
-
-    Args:
-        size: Height and width of the crops in pixels, at least 1.
-        count: Number of crops, at least 1.
-        scale: Range of a crop's area as a fraction of the image's, 0 < low <= high <= 1, drawn
-            uniformly.
-        ratio: Range of a crop's width over its height before it is made square, 0 < low <= high,
-            drawn log-uniformly.
-        flip: Probability of mirroring left and right.
-        photometric: A :class:`PhotometricDistortion`, any callable, or None. A callable is given
-            a crop (C, size, size) where the transform was given an image, the stacked crops (B, C,
-            size, size) where it was given a batch, in [0, 1] and float32 (float64 for float64
-            images), and returns the same shape.
-
-    Raises:
-        TypeError: If a setting is of a wrong kind.
-        ValueError: If a setting is out of range.
-
-    Example:
-        >>> CropGroup(size=96, count=6, scale=(0.05, 0.14), photometric=None).ratio
-        (0.75, 1.3333333333333333)
-
-    References:
-        Caron et al. 2020, arXiv 2006.09882, section 3.2.
-    """
-
-    size: int
-    count: int
-    scale: tuple[float, float]
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-    photometric: Callable[[Tensor], Tensor] | None = PhotometricDistortion()
-
-    def __post_init__(self) -> None:
-        _checks.positive_int("size", self.size)
-        _checks.positive_int("count", self.count)
-        object.__setattr__(self, "scale", _checks.positive_range("scale", self.scale, most=1))
-        object.__setattr__(self, "ratio", _checks.positive_range("ratio", self.ratio))
-        _checks.float_between("flip", self.flip, 0, 1)
-        if self.photometric is not None and not callable(self.photometric):
-            raise TypeError(
-                f"photometric must be a callable or None, got {type(self.photometric).__name__}"
-            )
 
 
 class MultiCropTransform:
@@ -95,30 +31,44 @@ class MultiCropTransform:
 
     Each crop is a box of random area, shape and place, resized to a square (bilinear, with
     antialiasing). Where ten boxes in a row do not fit into the image, the largest central one of a
-    permitted shape is taken. Everything is drawn per sample and per crop.
+    permitted shape is taken. Everything is drawn per sample and per crop, and a batch is drawn as
+    its images would be, one after the other, from the same generator.
 
     Args:
         crops: The groups; the first holds the largest size, and its crops give the codes.
         mean: Mean of each channel of pixels in [0, 1], or one float for all.
         std: Standard deviation, in the same form.
+        smaller_first: Whether the first group may be smaller than another: its crops then give the
+            codes all the same.
+        eight_bit: Whether uint8 images on a CPU are resized in 8 bits, as PIL does it. That is
+            faster and rounds: by up to 0.006 of the range. Otherwise images are resized in float32
+            (float64) everywhere, and a CPU and an accelerator agree within 1e-4.
 
     Shape:
         An image, PIL or a tensor (C, H, W), gives a list of (C, size, size), one entry a crop,
-        group after group; a batch (B, C, H, W) on any device gives (B, C, size, size). Images are
-        uint8, or floating and in [0, 1]; floating images keep their dtype, uint8 and PIL give
-        float32. Float16 and bfloat16 are worked on in float32. A PIL image of mode L has 1 channel,
-        unless ``mean`` or ``std`` name 3; every other 8-bit mode is converted to RGB.
+        group after group; a batch (B, C, H, W) on any device gives (B, C, size, size), and so does
+        a list of B images of any sizes. Images are uint8, or floating and in [0, 1]; floating
+        images keep their dtype, uint8 and PIL give float32. Float16 and bfloat16 are worked on in
+        float32. A channels-last batch gives channels-last crops. A PIL image of mode L has 1
+        channel, unless ``mean`` or ``std`` name 3; every other 8-bit mode is converted to RGB. A
+        NaN pixel makes crops NaN where they show it; where a batch is worked on as a whole, also
+        elsewhere in the crops of its image.
 
     Raises:
         TypeError: If a group is no ``CropGroup``, or the image is no image or of another dtype.
-        ValueError: If there is no group, the first is not the largest, the image has no pixels, a
-            wrong rank, or not the channels of ``mean`` and ``std``, or a callable changes a shape.
+        ValueError: If there is no crop, the first group is not the largest, the image has no
+            pixels, a wrong rank, values outside [0, 1] (looked for on a CPU only, and only where
+            colours are changed), or not the channels of ``mean`` and ``std``, or a callable changes
+            a shape.
 
     Example:
         >>> groups = (CropGroup(16, 2, (0.14, 1.0)), CropGroup(8, 3, (0.05, 0.14)))
-        >>> crops = MultiCropTransform(groups)(torch.rand(4, 3, 32, 32))
-        >>> [tuple(crop.shape) for crop in crops[1:3]]
+        >>> transform = MultiCropTransform(groups)
+        >>> [tuple(crop.shape) for crop in transform(torch.rand(4, 3, 32, 32))[1:3]]
         [(4, 3, 16, 16), (4, 3, 8, 8)]
+        >>> crops, boxes, flips = transform(torch.rand(3, 40, 60), seed=7, return_boxes=True)
+        >>> boxes[0]  # left, top, right, bottom
+        tensor([29,  6, 56, 40])
 
     References:
         Caron et al. 2020, arXiv 2006.09882, section 3.2; the boxes are those of Szegedy et al.
@@ -134,129 +84,216 @@ class MultiCropTransform:
         *,
         mean: float | Sequence[float] = IMAGENET_MEAN,
         std: float | Sequence[float] = IMAGENET_STD,
+        smaller_first: bool = False,
+        eight_bit: bool = False,
     ) -> None:
-        if not isinstance(crops, (list, tuple)):
-            raise TypeError(f"crops must be a sequence of CropGroup, got {type(crops).__name__}")
-        if not crops:
-            raise ValueError("crops must hold at least one CropGroup, got none")
-        for index, group in enumerate(crops):
-            if not isinstance(group, CropGroup):
-                raise TypeError(f"crops[{index}] must be a CropGroup, got {type(group).__name__}")
-            if group.size > crops[0].size:
-                raise ValueError(
-                    f"crops[0] must hold the largest size, because its crops give the codes, got "
-                    f"size {crops[0].size} there and {group.size} in crops[{index}]"
-                )
-        self.crops = tuple(crops)
+        _checks.choice("smaller_first", smaller_first, (False, True))
+        _checks.choice("eight_bit", eight_bit, (False, True))
+        self.crops = checked_groups(crops, smaller_first)
         self.mean = _per_channel("mean", mean, _checks.finite_float)
         self.std = _per_channel("std", std, _checks.positive_float)
+        self.smaller_first, self.eight_bit = smaller_first, eight_bit
         named = {len(v) for v in (self.mean, self.std) if isinstance(v, tuple)}
         if len(named) == 2:
             raise ValueError(
                 f"mean and std must have the same length, got mean {self.mean} and std {self.std}"
             )
         self._channels = named.pop() if named else None
+        self._each_crop = [(i, g) for i, g in enumerate(self.crops) for _ in range(g.count)]
+        runs = [(step, len(list(run))) for step, run in groupby(self._each_crop, _step_of)]
+        self._steps, self._widths = [step for step, _ in runs], [width for _, width in runs]
+        self._limits = [
+            torch.tensor(
+                [getattr(group, name) for _, group in self._each_crop],
+                dtype=torch.float64,
+                device="cpu",
+            )
+            for name in ("scale", "ratio", "flip")
+        ]
 
     def __repr__(self) -> str:
         groups = "".join(f"\n    {group}," for group in self.crops)
-        return f"MultiCropTransform(({groups}\n), mean={self.mean}, std={self.std})"
+        return (
+            f"MultiCropTransform(({groups}\n), mean={self.mean}, std={self.std}, "
+            f"smaller_first={self.smaller_first}, eight_bit={self.eight_bit})"
+        )
+
+    @overload
+    def __call__(
+        self,
+        image: Tensor | PILImage | Sequence[Tensor | PILImage],
+        *,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        return_boxes: Literal[False] = False,
+    ) -> list[Tensor]: ...
+
+    @overload
+    def __call__(
+        self,
+        image: Tensor | PILImage | Sequence[Tensor | PILImage],
+        *,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        return_boxes: Literal[True],
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]: ...
 
     def __call__(
-        self, image: Tensor | _PILImage, *, generator: torch.Generator | None = None
-    ) -> list[Tensor]:
+        self,
+        image: Tensor | PILImage | Sequence[Tensor | PILImage],
+        *,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        return_boxes: bool = False,
+    ) -> list[Tensor] | tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return the crops of an image or of a batch.
 
         Args:
-            image: A PIL image, a (C, H, W) tensor or a (B, C, H, W) batch; B may be 0.
+            image: A PIL image, a (C, H, W) tensor, a (B, C, H, W) batch, where B may be 0, or a
+                list of images.
             generator: CPU generator to draw from; None is torch's global one, which a data loader
                 seeds anew for each worker and epoch.
+            seed: Draws the same crops each time, instead of from a generator.
+            return_boxes: Whether to return the boxes and flips too.
 
         Returns:
-            One tensor a crop, in the order of the groups.
+            One tensor a crop, in the order of the groups. With ``return_boxes`` these, then the box
+            of each crop, (4,) or (B, 4) int64: left, top, right and bottom in pixels of the image,
+            the last two exclusive; then whether it was mirrored, () or (B,) bool.
         """
-        if not (generator is None or isinstance(generator, torch.Generator)):
-            raise TypeError(
-                f"generator must be a torch.Generator or None, got {type(generator).__name__}"
-            )
-        pixels = _checked_image(image, self._channels)
-        batch = pixels if pixels.dim() == 4 else pixels[None]
-        if pixels.dtype == torch.uint8:
-            batch, dtype = batch.to(torch.float32) / 255, torch.float32
+        _checks.choice("return_boxes", return_boxes, (False, True))
+        generator = _source(generator, seed)
+        images = _images.load(image, self._channels)
+        self._check_colours(images)
+        parameters = self._draw(images, generator)
+        rounding = self.eight_bit and images.first.dtype == torch.uint8
+        many_small = images.many_small(max(group.size for group in self.crops)) and not rounding
+        if images.one_by_one and not many_small:
+            crops = self._one_by_one(images, parameters)
         else:
-            batch, dtype = batch.to(at_least_float32(pixels.dtype)), pixels.dtype
-        mean = batch.new_tensor(self.mean).view(-1, 1, 1)
-        std = batch.new_tensor(self.std).view(-1, 1, 1)
-        results = []
+            parameters = on_device(parameters, images.working_dtype, images.first.device)
+            crops = self._together(images, parameters)
+        if images.single:
+            crops, parameters = [crop[0] for crop in crops], parameters[0]
+        if not return_boxes:
+            return crops
+        top, left, height, width, mirrored = parameters[..., : _crops.BOX].unbind(-1)
+        boxes = torch.stack([left, top, left + width, top + height], dim=-1).long()
+        return crops, list(boxes.unbind(-2)), list((mirrored > 0).unbind(-1))
+
+    def _check_colours(self, images: Images) -> None:
+        coloured = False
         for index, group in enumerate(self.crops):
-            boxes = _draw_boxes(group, group.count * len(batch), batch.shape[-2:], generator)
-            for view in range(group.count):
-                crops = _cut(batch, boxes[view * len(batch) :][: len(batch)], group.size)
-                crops = crops if pixels.dim() == 4 else crops[0]
-                if group.photometric is not None and crops.numel():
-                    name = f"crops[{index}].photometric"
-                    crops = _distort(name, group.photometric, crops, generator)
-                results.append(((crops - mean) / std).to(dtype))
+            if isinstance(group.photometric, PhotometricDistortion):
+                name = f"the image for crops[{index}]"
+                photometric.check_channels(group.photometric, name, images.channels)
+                coloured |= photometric.changes_colours(group.photometric)
+        if coloured and images.first.is_floating_point() and readable(images.first):
+            images.refuse_values_outside_0_1()  # they would be clamped to a white image
+
+    def _draw(self, images: Images, generator: torch.Generator | None) -> Tensor:
+        """Return the parameters (B, V, ...) of all crops on the CPU: boxes, photometric steps."""
+        uniform = torch.rand(
+            len(images.samples),
+            len(self._each_crop),
+            _crops.NUMBERS + photometric.NUMBERS,
+            generator=generator,
+            dtype=torch.float64,
+            device="cpu",
+        )
+        of_boxes, of_steps = uniform[..., : _crops.NUMBERS], uniform[..., _crops.NUMBERS :]
+        boxes = _crops.draw_boxes(of_boxes, images.sizes(), *self._limits)
+        steps = []
+        for step, rows in zip(self._steps, torch.split(of_steps, self._widths, dim=1), strict=True):
+            if isinstance(step, PhotometricDistortion):
+                rows = photometric.draw(step, rows, images.channels)
+            steps.append(rows)  # a step of the user's has random numbers of its own
+        return torch.cat([boxes, torch.cat(steps, dim=1)], dim=-1)
+
+    def _one_by_one(self, images: Images, parameters: Tensor) -> list[Tensor]:
+        """Cut, distort and normalise crop by crop on the CPU, each while it is in the cache."""
+        mean, std = (self._statistic(value, images) for value in (self.mean, self.std))
+        most = images.largest_value
+        scaled_mean, scale, scaled_scale = most * mean, 1 / std, 1 / (most * std)
+        results = [
+            torch.empty(
+                (len(images.samples), images.channels, group.size, group.size),
+                dtype=images.working_dtype,
+                device="cpu",
+                memory_format=images.memory_format,
+            )
+            for _, group in self._each_crop
+        ]
+        for sample, rows in enumerate(parameters.tolist()):
+            image = images.samples[sample]
+            if not (self.eight_bit and image.dtype == torch.uint8):
+                image = image.contiguous().to(images.working_dtype)
+            for crops, (_, group), numbers in zip(results, self._each_crop, rows, strict=True):
+                crop = crops[sample]
+                cut = _crops.cut(image, numbers[: _crops.BOX], group.size)
+                if group.photometric is None:
+                    torch.sub(cut, scaled_mean, out=crop).mul_(scaled_scale)
+                elif isinstance(group.photometric, PhotometricDistortion):
+                    cut = torch.mul(cut, 1 / most, out=_contiguous(crop))
+                    _colour.distort_(cut, numbers[_crops.BOX :])
+                    torch.sub(cut, mean, out=crop).mul_(scale)
+                else:
+                    torch.mul(cut, 1 / most, out=crop)
+        for position, (index, group) in enumerate(self._each_crop):
+            if _is_users(group.photometric):
+                crops = self._users_step(results[position], index, images.single)
+                results[position] = (crops - mean) / std
+        return [crops.to(images.returned_dtype) for crops in results]
+
+    def _together(self, images: Images, parameters: Tensor) -> list[Tensor]:
+        """Cut, distort and normalise a whole batch, crop by crop, on its device."""
+        mean, std = (self._statistic(value, images) for value in (self.mean, self.std))
+        batch = images.batch()
+        results = []
+        for position, (index, group) in enumerate(self._each_crop):
+            numbers = parameters[:, position]
+            box, step = numbers[:, : _crops.BOX], numbers[:, _crops.BOX :]
+            crops = _crops.cut_batch(batch, box, group.size)
+            if isinstance(group.photometric, PhotometricDistortion):
+                crops = photometric.distort(group.photometric, crops, step)
+            elif group.photometric is not None:
+                crops = self._users_step(crops, index, images.single)
+            crops = ((crops - mean) / std).to(images.returned_dtype)
+            results.append(crops.contiguous(memory_format=images.memory_format))
         return results
 
+    def _statistic(self, value: float | tuple[float, ...], images: Images) -> Tensor:
+        column = torch.tensor(value, dtype=torch.float64, device="cpu").view(-1, 1, 1)
+        return on_device(column, images.working_dtype, images.first.device)
 
-def multi_crop_forward(network: Callable[[Tensor], Tensor], crops: Sequence[Tensor]) -> Tensor:
-    """Run ``network`` once per resolution and return the features in the order of the crops.
-
-    Crops of one resolution go through the network together, in the order of their first appearance,
-    so batch statistics are taken per resolution.
-
-    Args:
-        network: Takes (N, C, H, W) crops, returns (N, D) features, with the same D for all.
-        crops: V tensors (B, C, H, W), resolutions in any order.
-
-    Returns:
-        (V, B, D) features.
-
-    Raises:
-        TypeError: If the crops or what the network returns are no floating tensors.
-        ValueError: If there is no crop, the crops differ in B or C, or the network returns another
-            shape.
-
-    Example:
-        >>> network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-        >>> crops = [torch.rand(4, 3, size, size) for size in (16, 16, 8)]
-        >>> multi_crop_forward(network, crops).shape
-        torch.Size([3, 4, 3])
-
-    References:
-        Caron et al. 2020, arXiv 2006.09882, section 3.2.
-    """
-    if not isinstance(crops, (list, tuple)):
-        raise TypeError(f"crops must be a sequence of torch.Tensor, got {type(crops).__name__}")
-    if not crops:
-        raise ValueError("crops must hold at least one tensor, got none")
-    positions: dict[tuple[int, int], list[int]] = {}
-    for index, crop in enumerate(crops):
-        _checks.floating_tensor(f"crops[{index}]", crop)
-        if crop.dim() != 4 or crop.shape[:2] != crops[0].shape[:2]:
+    def _users_step(self, crops: Tensor, index: int, single: bool) -> Tensor:
+        """Call a group's photometric step, which is the user's, and look at what came back."""
+        step = self.crops[index].photometric
+        if step is None or not crops.numel():
+            return crops
+        given = crops[0] if single else crops
+        distorted = step(given)
+        name = f"the output of crops[{index}].photometric"
+        _checks.floating_tensor(name, distorted)
+        if distorted.shape != given.shape:
             raise ValueError(
-                f"crops[{index}] must have shape (B, C, H, W) with B and C as in crops[0], got "
-                f"{tuple(crop.shape)} beside {tuple(crops[0].shape)}"
+                f"{name} must have the shape of its input, {tuple(given.shape)}, got "
+                f"{tuple(distorted.shape)}"
             )
-        positions.setdefault((crop.shape[2], crop.shape[3]), []).append(index)
-    features: dict[int, Tensor] = {}
-    for (height, width), members in positions.items():
-        output = network(torch.cat([crops[index] for index in members]))
-        name = f"the output of network for crops of {height}x{width}"
-        _checks.floating_tensor(name, output)
-        if output.dim() != 2 or len(output) != len(members) * len(crops[0]):
-            raise ValueError(
-                f"{name} must have shape ({len(members) * len(crops[0])}, D), got "
-                f"{tuple(output.shape)}"
-            )
-        views = output.reshape(len(members), len(crops[0]), output.shape[1])
-        features.update(zip(members, views, strict=True))
-        if output.shape[1] != features[0].shape[1]:
-            raise ValueError(
-                f"{name} must have D = {features[0].shape[1]} as for the crops before, got "
-                f"{tuple(output.shape)}"
-            )
-    return torch.stack([features[index] for index in range(len(crops))])
+        return distorted[None] if single else distorted
+
+
+def _step_of(crop: tuple[int, CropGroup]) -> Callable[[Tensor], Tensor] | None:
+    return crop[1].photometric
+
+
+def _contiguous(crop: Tensor) -> Tensor:
+    """Return the memory of a crop where it is contiguous, else memory like it."""
+    return crop if crop.is_contiguous() else torch.empty(crop.shape, dtype=crop.dtype)
+
+
+def _is_users(step: Callable[[Tensor], Tensor] | None) -> bool:
+    return not (step is None or isinstance(step, PhotometricDistortion))
 
 
 def _per_channel(
@@ -267,92 +304,19 @@ def _per_channel(
     return tuple(check(f"{name}[{index}]", number) for index, number in enumerate(value))
 
 
-def _checked_image(image: Any, channels: int | None) -> Tensor:
-    """Return ``image`` as a (C, H, W) or (B, C, H, W) tensor, uint8 or floating."""
-    if isinstance(image, _PILImage):
-        image = _pil_pixels(image, channels)
-    if not isinstance(image, Tensor):
-        raise TypeError(f"image must be a PIL image or a torch.Tensor, got {type(image).__name__}")
-    if not (image.dtype == torch.uint8 or image.is_floating_point()):
-        raise TypeError(f"image must be uint8 or floating-point, got {image.dtype}")
-    if image.dim() not in (3, 4):
-        raise ValueError(
-            f"image must have shape (C, H, W) or (B, C, H, W), got {tuple(image.shape)}"
-        )
-    if 0 in image.shape[-3:]:
-        raise ValueError(f"image must have channels and pixels, got shape {tuple(image.shape)}")
-    if channels is not None and channels != image.shape[-3]:
-        raise ValueError(
-            f"mean and std must have one number per channel of the image, got {channels} numbers "
-            f"and an image of {image.shape[-3]} channels, shape {tuple(image.shape)}"
-        )
-    return image
-
-
-def _pil_pixels(image: _PILImage, channels: int | None) -> Tensor:
-    """Return the (C, H, W) uint8 pixels of a PIL image."""
-    if image.mode.startswith(("I", "F")):
+def _source(generator: Any, seed: Any) -> torch.Generator | None:
+    """Return what random numbers are drawn from."""
+    if not (generator is None or isinstance(generator, torch.Generator)):
         raise TypeError(
-            f"image must be an 8-bit PIL image, got mode {image.mode!r}: its range is not known, "
-            f"give a floating tensor in [0, 1] instead"
+            f"generator must be a torch.Generator or None, got {type(generator).__name__}"
         )
-    grey = image.mode == "L" and channels != 3
-    pixels = np.array(image if grey else image.convert("RGB"))
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.atleast_3d(pixels), -1, 0)))
-
-
-def _draw_boxes(
-    group: CropGroup, number: int, image_size: Sequence[int], generator: torch.Generator | None
-) -> list[list[int]]:
-    """Return ``number`` rows of (top, left, height, width, mirrored) in an image (H, W)."""
-    image_height, image_width = image_size
-    uniform = torch.rand(
-        number, 2 * _TRIES + 3, generator=generator, dtype=torch.float64, device="cpu"
-    )
-    least, most = group.scale
-    area = image_height * image_width * (least + (most - least) * uniform[:, :_TRIES])
-    flattest, steepest = group.ratio
-    ratio = flattest * (steepest / flattest) ** uniform[:, _TRIES : 2 * _TRIES]
-    # The largest box of a permitted shape stands behind the tries as one that always fits.
-    widest = max(1, min(image_width, round(image_height * group.ratio[1])))
-    highest = max(1, min(image_height, round(image_width / group.ratio[0])))
-    width = F.pad((area * ratio).sqrt().round(), (0, 1), value=widest)
-    height = F.pad((area / ratio).sqrt().round(), (0, 1), value=highest)
-    fits = (width >= 1) & (width <= image_width) & (height >= 1) & (height <= image_height)
-    chosen = fits.byte().argmax(1, keepdim=True)  # the first one that fits
-    width, height = width.gather(1, chosen)[:, 0], height.gather(1, chosen)[:, 0]
-    down, right, mirror = uniform[:, 2 * _TRIES :].unbind(1)
-    central = chosen[:, 0] == _TRIES
-    top = torch.where(central, (image_height - height) / 2, down * (image_height - height + 1))
-    left = torch.where(central, (image_width - width) / 2, right * (image_width - width + 1))
-    boxes = torch.stack([top.floor(), left.floor(), height, width, mirror < group.flip], 1)
-    return boxes.long().tolist()
-
-
-def _cut(batch: Tensor, boxes: Sequence[Sequence[int]], size: int) -> Tensor:
-    """Cut one box out of each image of ``batch`` (B, C, H, W): (B, C, size, size)."""
-    crops = [batch.new_empty(0, batch.shape[1], size, size)]  # for a batch of no images
-    for index, (top, left, height, width, mirrored) in enumerate(boxes):
-        box = batch[index : index + 1, :, top : top + height, left : left + width]
-        crop = F.interpolate(box, size=(size, size), mode="bilinear", antialias=True)
-        crops.append(crop.flip(-1) if mirrored else crop)
-    return torch.cat(crops)
-
-
-def _distort(
-    name: str,
-    photometric: Callable[[Tensor], Tensor],
-    crops: Tensor,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """Apply a group's photometric step, and look at what came back."""
-    if isinstance(photometric, PhotometricDistortion):
-        return photometric(crops, generator=generator)
-    distorted = photometric(crops)
-    _checks.floating_tensor(f"the output of {name}", distorted)
-    if distorted.shape != crops.shape:
+    if generator is not None and generator.device.type != "cpu":
         raise ValueError(
-            f"the output of {name} must have the shape of its input, {tuple(crops.shape)}, got "
-            f"{tuple(distorted.shape)}"
+            f"generator must be one of the CPU, from which crops on every device are drawn, got "
+            f"one of {generator.device}"
         )
-    return distorted
+    if seed is None:
+        return generator
+    if generator is not None:
+        raise ValueError("generator and seed must not both be given")
+    return torch.Generator().manual_seed(_checks.non_negative_int("seed", seed))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swavkit import _checks
+from swavkit._distributed import is_sharded
 from swavkit._memory import empty, on_cpu
 from swavkit._precision import at_least_float32, autocast_disabled, product_dtype
 
@@ -49,6 +50,7 @@ class PrototypeLayer(nn.Module):
         TypeError: If a size is no int or ``features`` is no floating tensor.
         ValueError: If a setting is out of range, the last dimension of ``features`` is not D, or
             they are on another device.
+        RuntimeError: If FSDP2 has not gathered the weight.
 
     Example:
         >>> prototypes = PrototypeLayer(feature_dim=16, num_prototypes=5)
@@ -59,6 +61,8 @@ class PrototypeLayer(nn.Module):
         tensor([0, 1, 2, 3, 4])
     """
 
+    _held = slice(None)  # which of the prototypes this process has
+
     def __init__(
         self,
         feature_dim: int,
@@ -67,12 +71,15 @@ class PrototypeLayer(nn.Module):
         gradient: Literal["tangent", "published"] = "tangent",
     ) -> None:
         super().__init__()
+        self._configure(feature_dim, num_prototypes, gradient)
+        self.weight = nn.Parameter(torch.empty(self.num_prototypes, self.feature_dim))
+        self.reset_parameters()
+
+    def _configure(self, feature_dim: int, num_prototypes: int, gradient: str) -> None:
         self.feature_dim = _checks.positive_int("feature_dim", feature_dim)
         self.num_prototypes = _checks.positive_int("num_prototypes", num_prototypes)
         _checks.choice("gradient", gradient, ("tangent", "published"))
         self.gradient = gradient
-        self.weight = nn.Parameter(torch.empty(self.num_prototypes, self.feature_dim))
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the prototypes uniformly on the unit sphere, from torch's global generator."""
@@ -106,8 +113,9 @@ class PrototypeLayer(nn.Module):
             order = torch.rand(len(rows), generator=generator, device=rows.device)
             chosen = order.masked_fill_(~usable, -1).topk(self.num_prototypes).indices
             rows, usable = rows.index_select(0, chosen), usable.index_select(0, chosen)
-        directions = unit_rows(rows).to(self.weight.dtype)
-        self.weight.copy_(torch.where(usable.unsqueeze(-1), directions, self.weight))
+        directions = unit_rows(rows[self._held]).to(self.weight.dtype)
+        stored = self._rows()
+        stored.copy_(torch.where(usable[self._held].unsqueeze(-1), directions, stored))
 
     def forward(self, features: Tensor, *, frozen: Tensor | None = None) -> Tensor:
         """Return the cosines of ``features`` with the prototypes.
@@ -126,7 +134,7 @@ class PrototypeLayer(nn.Module):
     def _factors(self, features: Tensor, frozen: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return unit rows (..., D) and (K, D), in one dtype, whose product the scores are."""
         self._check(features)
-        weight: Tensor = self.weight
+        weight = self._rows()
         if frozen is not None:
             # Not a gradient times 0: that would make NaN of an infinite one.
             weight = torch.where(frozen, weight.detach(), weight)
@@ -136,23 +144,46 @@ class PrototypeLayer(nn.Module):
 
     @property
     def directions(self) -> Tensor:
-        """The prototypes as unit rows, (K, D), in the dtype of the weight, without gradient."""
-        return unit_rows(self.weight.detach()).to(self.weight.dtype)
+        """The prototypes as unit rows, (K, D), in the dtype of the weight, without gradient.
+
+        Where FSDP2 shards the weight they are a ``DTensor`` in the same shards, whose
+        ``full_tensor()`` all processes must call.
+        """
+        return unit_rows(self._rows().detach()).to(self.weight.dtype)
 
     @torch.no_grad()
     def normalize_(self) -> None:
-        """Rescale the stored rows to unit norm, in place. It changes no score."""
-        self.weight.copy_(self.directions)
+        """Rescale the stored rows to unit norm, in place. It changes no score.
+
+        Under FSDP2 the place for it is behind the optimizer, while the weight lies in shards: of
+        what is done to the gathered copy that a forward works on, nothing lasts.
+        """
+        rows = self._rows()
+        rows.copy_(unit_rows(rows).to(rows.dtype))
 
     @torch.no_grad()
     def assign(self, features: Tensor) -> Tensor:
-        """Return the index of the nearest prototype of each feature, (...,) int64."""
+        """Return the index of the nearest prototype of each feature, (...,) int64.
+
+        Under FSDP2 the weight must be gathered, by ``unshard()`` of the module that was given to
+        ``fully_shard``.
+        """
         return self(features).argmax(dim=-1)  # type: ignore[no-any-return]
+
+    def _rows(self) -> Tensor:
+        """Return the stored rows that this process has."""
+        return self.weight
 
     def _check(self, features: Tensor) -> None:
         _checks.floating_tensor("features", features)
         _checks.last_dimension("features", features, self.feature_dim, "features")
         _checks.same_device("features", features, self.weight)
+        if is_sharded(self._rows()):
+            raise RuntimeError(
+                "weight lies in shards, as FSDP2 keeps it between the calls of the module that was "
+                "given to fully_shard; expected a call by way of that module, or between its "
+                "unshard() and reshard() on all processes, or, of initialize_, before fully_shard"
+            )
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""

@@ -20,19 +20,15 @@ be spread unevenly over processes.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from swavkit import _checks
-from swavkit._distributed import (
-    GroupHandle,
-    gather_over_ranks,
-    max_over_ranks,
-    participants,
-    sum_over_ranks,
-)
+from swavkit._agreement import Agreement
+from swavkit._distributed import GroupHandle, participants, sum_over_ranks
+from swavkit._iterations import find_u
 from swavkit._memory import empty
 from swavkit._plan import Plan, codes_at_once, fits_at_once, parts_of
 from swavkit._precision import at_least_float32, autocast_disabled
@@ -117,12 +113,24 @@ def sinkhorn_knopp(
         NeurIPS 2020. Cuturi, "Sinkhorn Distances", NeurIPS 2013. Relaxed marginals: Chizat et al.,
         "Scaling Algorithms for Unbalanced Optimal Transport Problems", 2018.
     """
-    epsilon, iterations, relaxation, tolerance = _checked(
-        epsilon, iterations, synchronize, relaxation, tolerance, hard, validate
-    )
+    _checks.boolean("synchronize", synchronize)
+    settings = _checked(epsilon, iterations, relaxation, tolerance, hard, validate)
+    group = participants(process_group, synchronize)
+    return _codes(scores, sample_weight, prototype_weight, settings, group)
+
+
+def _codes(
+    scores: Tensor,
+    sample_weight: Tensor | None,
+    prototype_weight: Tensor | None,
+    settings: _Settings,
+    group: ProcessGroup | None,
+    rider: Tensor | None = None,
+) -> Tensor:
+    """Return the codes within the batch of the group; ``rider`` is summed along, in place."""
+    epsilon, iterations, relaxation, tolerance, hard, validate = settings
     _checks.of_samples_and_prototypes("scores", scores)
     _checks.weights(sample_weight, prototype_weight, scores)
-    group = participants(process_group, synchronize)
 
     scores = scores.detach()
     with autocast_disabled(scores.device):
@@ -150,7 +158,7 @@ def sinkhorn_knopp(
             if prototype_weight is not None:
                 prototype_mass = masses(prototype_weight, scores.shape[-1:], scores.device, dtype)
                 prototype_mass /= prototype_mass.sum()  # (K,), c
-            find_u(plan, prototype_mass, iterations, relaxation, tolerance, group)
+            find_u(plan, prototype_mass, iterations, relaxation, tolerance, group, rider)
             codes = plan.codes()
         if scores.dim() > 3:
             codes = codes.view(scores.shape)
@@ -160,7 +168,9 @@ def sinkhorn_knopp(
 class SinkhornKnopp(nn.Module):
     """Module form of :func:`sinkhorn_knopp`: it holds the settings.
 
-    In ``eval()`` it never talks to other processes, so that one process can validate alone.
+    In ``eval()`` it does not talk to other processes, so that one process can validate alone. In a
+    job with several, the first training call compares the settings and the shape of the problem
+    over the group, and raises the same error everywhere if they differ.
 
     Args:
         epsilon: The entropy temperature ε > 0, in the unit of the scores.
@@ -168,7 +178,8 @@ class SinkhornKnopp(nn.Module):
         process_group: The processes that share the batch; the default group if ``None``. A deep
             copy of the module shares the group; pickling drops it, and the loaded module must be
             given a new one (``module.process_group = ...``) before its next use.
-        synchronize: Whether to share the batch with other processes in training mode.
+        synchronize: Whether to share the batch with other processes in training mode; ``"always"``
+            for ``eval()`` too, where then all processes must make the call.
         relaxation: How strictly equal use is asked for, ρ > 0; infinite is strict.
         tolerance: Stop as soon as the marginal error is at most this; reads a value on the host.
         hard: Whether to round each code to the prototype of its largest entry.
@@ -180,7 +191,7 @@ class SinkhornKnopp(nn.Module):
 
     Raises:
         TypeError: If a setting is of the wrong type.
-        ValueError: If a setting is out of range.
+        ValueError: If a setting is out of range, or differs from that of another process.
 
     Example:
         >>> sinkhorn = SinkhornKnopp(epsilon=0.05, iterations=3)
@@ -196,20 +207,22 @@ class SinkhornKnopp(nn.Module):
         iterations: int = 3,
         *,
         process_group: ProcessGroup | None = None,
-        synchronize: bool = True,
+        synchronize: bool | Literal["always"] = True,
         relaxation: float = math.inf,
         tolerance: float | None = None,
         hard: bool = False,
         validate: bool = False,
     ) -> None:
         super().__init__()
-        self.epsilon, self.iterations, self.relaxation, self.tolerance = _checked(
-            epsilon, iterations, synchronize, relaxation, tolerance, hard, validate
-        )
-        self.synchronize = synchronize
+        settings = _checked(epsilon, iterations, relaxation, tolerance, hard, validate)
+        self.epsilon, self.iterations, self.relaxation, self.tolerance, *_ = settings
         self.hard = hard
         self.validate = validate
+        _checks.choice("synchronize", synchronize, (True, False, "always"))
+        self.synchronize = synchronize
         self._group = GroupHandle(process_group)
+        self._agreement = Agreement()
+        self._rider: Tensor | None = None  # for the present call
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -227,25 +240,45 @@ class SinkhornKnopp(nn.Module):
         prototype_weight: Tensor | None = None,
     ) -> Tensor:
         """Return the codes of ``scores``; see :func:`sinkhorn_knopp`."""
-        return sinkhorn_knopp(
-            scores,
-            sample_weight=sample_weight,
-            prototype_weight=prototype_weight,
-            validate=self.validate,
-            **self._settings(),
-        )
+        rider, self._rider = self._rider, None
+        settings, group = self._settings(), self._participants()
+        _checks.of_samples_and_prototypes("scores", scores)
+        shape = math.prod(scores.shape[:-2]), scores.shape[-1]
+        self._compare(shape, scores.dtype, scores.device, prototype_weight is not None)
+        return _codes(scores, sample_weight, prototype_weight, settings, group, rider)
 
-    def _settings(self) -> dict[str, Any]:
-        """Return what it would hand on now, by the names of the function."""
-        return {
-            "epsilon": self.epsilon,
-            "iterations": self.iterations,
-            "process_group": self.process_group,
-            "synchronize": self.synchronize and self.training,
-            "relaxation": self.relaxation,
-            "tolerance": self.tolerance,
-            "hard": self.hard,
+    def _with(self, rider: Tensor, *inputs: Tensor | None) -> Tensor:
+        """Return the codes; ``rider`` is summed over the processes along with them, in place.
+
+        The module is called, so that its hooks are, and with no other argument than ever.
+        """
+        self._rider = rider
+        codes: Tensor = self(*inputs)
+        if self._rider is not None:  # a forward in place of ours has left it
+            self._rider = None
+            rider.copy_(sum_over_ranks(rider.clone(), self._participants()))
+        return codes
+
+    def _compare(
+        self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, prior: bool = False
+    ) -> None:
+        """Compare ``shape``, the numbers of problems and prototypes, and the settings, if due."""
+        record = {
+            "num_prototypes": shape[1],
+            "the number of problems": shape[0],
+            "the dtype of scores": dtype,
+            "whether prototype_weight is given": prior,
+            **self._settings()._asdict(),
         }
+        self._agreement.require(lambda: record, self._participants(), device)
+
+    def _participants(self) -> ProcessGroup | None:
+        """Return the processes that share the batch of a call now, or ``None``."""
+        now = self.synchronize == "always" or (self.synchronize and self.training)
+        return participants(self.process_group, now)
+
+    def _settings(self) -> _Settings:
+        return _checked(*(getattr(self, name) for name in _Settings._fields))
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``; the rarer ones where they differ from the default."""
@@ -256,19 +289,20 @@ class SinkhornKnopp(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)}" for name in shown)
 
 
-def _checked(
-    epsilon: float,
-    iterations: int,
-    synchronize: bool,
-    relaxation: float,
-    tolerance: float | None,
-    hard: bool,
-    validate: bool,
-) -> tuple[float, int, float, float | None]:
-    """Refuse bad settings; return the numbers."""
+class _Settings(NamedTuple):
+    epsilon: float
+    iterations: int
+    relaxation: float
+    tolerance: float | None
+    hard: bool
+    validate: bool
+
+
+def _checked(*settings: Any) -> _Settings:
+    """Refuse bad settings, which come in the order of the fields."""
+    epsilon, iterations, relaxation, tolerance, hard, validate = settings
     epsilon = _checks.positive_float("epsilon", epsilon)
     iterations = _checks.positive_int("iterations", iterations)
-    _checks.boolean("synchronize", synchronize)
     relaxation = _checks.positive_or_infinite("relaxation", relaxation)
     if tolerance is not None:
         tolerance = _checks.positive_float("tolerance", tolerance)
@@ -279,100 +313,7 @@ def _checked(
             )
     _checks.boolean("hard", hard)
     _checks.boolean("validate", validate)
-    return epsilon, iterations, relaxation, tolerance
-
-
-def find_u(
-    plan: Plan,
-    prototype_mass: Tensor | None,
-    iterations: int,
-    relaxation: float,
-    tolerance: float | None,
-    group: ProcessGroup | None,
-) -> None:
-    """Bring u of a new plan to where the settings ask for; ``None`` stands for equal masses."""
-    if relaxation == math.inf:
-        _iterate(plan, prototype_mass, iterations, tolerance, group)
-    else:
-        _iterate_relaxed(plan, prototype_mass, iterations, relaxation, group)
-
-
-def _iterate(
-    plan: Plan,
-    prototype_mass: Tensor | None,
-    iterations: int,
-    tolerance: float | None,
-    group: ProcessGroup | None,
-) -> None:
-    """Bring a new plan as near to the masses ``prototype_mass`` (K,), of sum 1, as is asked for."""
-    log_u = -_largest_exponents(plan, group)
-    if prototype_mass is None:
-        prototype_mass = _equal_masses(log_u)
-    else:
-        log_u += prototype_mass.log()
-    sums = sum_over_ranks(plan.start(log_u), group)
-    wanted = prototype_mass
-    for iteration in range(iterations):
-        if iteration > 0:
-            sums = sum_over_ranks(plan.sums(), group)
-            mass = sums * plan.u
-            if iteration == 1:  # v follows any factor of u, so the first u need not know the total
-                wanted = prototype_mass * mass.sum(dim=-1, keepdim=True)
-            if tolerance is not None and _near(mass, wanted, tolerance):
-                break
-        # No mass is wanted where there is none, or nobody is present.
-        plan.scale((wanted / sums).masked_fill_(sums == 0, 1))
-
-
-def _near(mass: Tensor, wanted: Tensor, tolerance: float) -> bool:
-    """Tell whether the relative error is within ``tolerance`` everywhere. Waits for the device."""
-    return bool(((mass - wanted).abs() <= tolerance * wanted).all())
-
-
-def _iterate_relaxed(
-    plan: Plan,
-    prototype_mass: Tensor | None,
-    iterations: int,
-    relaxation: float,
-    group: ProcessGroup | None,
-) -> None:
-    """Set log u of a new plan to f after so many iterations in the log domain.
-
-    One iteration is ::
-
-        f = φ (log c - logsumexp_i(S/ε + g + log r))    with φ = ρ / (ρ + ε)
-        g = -logsumexp_j(S/ε + f)
-
-    A prototype may end up with less mass than floating point can hold, so masses are logarithms.
-    """
-    strength = relaxation / (relaxation + plan.epsilon)
-    shift = _largest_exponents(plan, group)
-    if prototype_mass is None:
-        prototype_mass = _equal_masses(shift)
-    # The equations take the sum of r to be 1; what it is comes with the first masses.
-    totals = torch.cat([plan.start(-shift), plan.sample_mass.sum(dim=-1, keepdim=True)], dim=-1)
-    totals = sum_over_ranks(totals, group).log()
-    log_mass, log_total = totals[..., :-1], totals[..., -1:]
-    nobody = log_total == -math.inf
-    log_sum = log_mass + shift
-    for iteration in range(iterations):
-        if iteration > 0:
-            # The codes are exp(S/ε + f + g), so that the sum is their mass without f.
-            log_mass = gather_over_ranks(plan.log_masses(), group).logsumexp(dim=0)
-            log_sum = log_mass - plan.log_u
-        log_sum = (log_sum - log_total).masked_fill_(nobody, 0)
-        log_u = strength * (prototype_mass.log() - log_sum)
-        plan.relax(log_u.masked_fill_(prototype_mass == 0, -math.inf))
-
-
-def _equal_masses(like: Tensor) -> Tensor:
-    return torch.full_like(like, 1 / like.shape[-1])
-
-
-def _largest_exponents(plan: Plan, group: ProcessGroup | None) -> Tensor:
-    """Return the largest S/ε (N, K) of each prototype; 0 where nobody is present on any rank."""
-    largest = max_over_ranks(plan.largest_exponents(), group)
-    return largest.masked_fill_(largest <= plan.lowest, 0)
+    return _Settings(epsilon, iterations, relaxation, tolerance, hard, validate)
 
 
 def one_hot(codes: Tensor) -> Tensor:

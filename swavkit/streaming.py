@@ -28,12 +28,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from swavkit._distributed import participants
+from swavkit._iterations import find_u
 from swavkit._memory import empty
 from swavkit._plan import Plan
 from swavkit._precision import at_least_float32, autocast_disabled, product_dtype
 from swavkit.marginals import masses
-from swavkit.sinkhorn import find_u, one_hot
+from swavkit.sinkhorn import one_hot
 from swavkit.swapped_prediction import (
     errors_of_samples,
     refuse_second_derivative,
@@ -65,8 +65,8 @@ def streamed_loss(
     relaxation: float,
     tolerance: float | None,
     hard: bool,
-    process_group: ProcessGroup | None,
-    synchronize: bool,
+    group: ProcessGroup | None,
+    rider: Tensor | None,
 ) -> Tensor:
     """Return the loss of unit features and unit prototypes, without their scores.
 
@@ -83,13 +83,12 @@ def streamed_loss(
         relaxation: See there.
         tolerance: See there.
         hard: See there.
-        process_group: See there.
-        synchronize: See there.
+        group: The processes that share the batch for codes.
+        rider: A small tensor to be summed over them along with the masses, in place; or ``None``.
 
     Returns:
         The loss, a scalar in float32, or float64 for float64 features.
     """
-    group = participants(process_group, synchronize)
     wanted = torch.is_grad_enabled() and (features.requires_grad or directions.requires_grad)
     dtype = product_dtype(features)
     with torch.no_grad(), autocast_disabled(features.device):
@@ -100,7 +99,7 @@ def streamed_loss(
             num_code_views,
         )
         plan = scores.plan(code_weight, epsilon)
-        find_u(plan, None, iterations, relaxation, tolerance, group)
+        find_u(plan, None, iterations, relaxation, tolerance, group, rider)
         loss, gradients = _loss(scores, plan, sample_weight, temperature, hard, wanted)
     if not wanted:
         return loss

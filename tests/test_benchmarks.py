@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench_loss, bench_sinkhorn, harness, kernels, peers
+from benchmarks import bench_loss, bench_ranks, bench_sinkhorn, harness, kernels, peers
 from benchmarks.__main__ import main, table
 from benchmarks.published import published_codes, published_loss, published_step
 from tests import oracles
@@ -96,7 +96,7 @@ def test_a_slow_call_rests_in_most_rounds() -> None:
     samples = harness.time_interleaved(clock.calls(), seconds=60, clock=clock)
     assert list(samples["ours"]) == list(range(60))
     assert list(samples["slower"]) == list(range(0, 60, 3))
-    assert list(samples["slowest"]) == list(range(0, 60, 12))
+    assert list(samples["slowest"]) == list(range(0, 60, 30))
 
 
 def test_summary_is_the_median_and_the_quartiles() -> None:
@@ -262,13 +262,30 @@ def test_the_quick_run_reports_what_it_measured(tmp_path: Path) -> None:
         assert len(row["samples"]) >= 5
         if row["contender"] == "swavkit":
             assert set(row["ratio"].values()) == {1.0}
+    assert report["multicrop"]["error"] <= 1e-4
+    assert (tmp_path / "multicrop.png").stat().st_size > 0
+    for row in report["multicrop"]["alone"] + report["multicrop"]["loaders"]:
+        assert row["contender"] in run.stdout
+    assert {row["processes"] for row in report["ranks"]} == {1, 2}
+    for row in report["ranks"]:
+        assert row["contender"] in run.stdout
+        assert row["error"] < 1e-4
+        assert 0 <= row["communication"] < 1
+        assert (row["collectives"] > 0) == (row["numbers"] > 0) == (row["processes"] > 1)
     for count in report["kernels"]["counts"]:
         assert count["contender"] in run.stdout
         assert f" {count['launches']}" in run.stdout
 
 
+def test_more_processes_than_cores_are_labelled() -> None:
+    row = bench_ranks.Row("", 2, 1, "swavkit", 0.0, 1.0, 1.0, 1.0, 0.5, 4, 100)
+    assert bench_ranks.cells(row)[1] == "2 (more than cores)"
+    assert bench_ranks.cells(replace(row, cores=2))[1] == "2"
+
+
 def test_an_unknown_suite_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["sinkhorm"])
-    message = "SUITE must be any of sinkhorn, loss, queue, kernels, got 'sinkhorm'"
+    listed = "sinkhorn, loss, queue, multicrop, kernels, ranks"
+    message = f"SUITE must be any of {listed}, got 'sinkhorm'"
     assert message in capsys.readouterr().err

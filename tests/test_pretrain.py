@@ -35,8 +35,12 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], int]:
     return importlib.import_module("pretrain").main
 
 
-def start(output: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-W", "error", str(PROGRAM), "--output", str(output), *arguments]
+def start(output: Path, *arguments: str, processes: int = 1) -> subprocess.Popen[str]:
+    program = [str(PROGRAM), "--output", str(output), *arguments]
+    command = [sys.executable, "-W", "error", *program]
+    if processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        command = [sys.executable, *torchrun, str(processes), *program]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -130,6 +134,34 @@ def test_resume_refuses_other_settings_and_other_files(
     (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
     assert main(arguments) == 2
     assert "is no checkpoint of this program" in capsys.readouterr().err
+
+
+def test_torchrun_trains_on_two_processes_and_goes_on_with_two(
+    tmp_path: Path, main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*TINY, "--epochs", "2"]
+    process = start(tmp_path, *arguments, processes=2)
+    shown, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert shown.count("1437 training and 360 test images of 1x8x8, on cpu, 2 processes") == 1
+    metrics = metrics_of(tmp_path)
+    assert metrics["processes"] == 2
+    assert len(metrics["losses"]) == 2 * (1437 // 64)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    first, second = (own["criterion"] for own in state["processes"])
+    torch.testing.assert_close(first["prototypes.weight"], second["prototypes.weight"])
+    assert len(first["queue.valid"]) == 100  # half of the slots each, with features of their own
+    assert bool(first["queue.valid"].all())
+    assert not torch.equal(first["queue.features"], second["queue.features"])
+
+    process = start(tmp_path, *arguments, "--resume", processes=2)
+    shown, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "going on after epoch 2 of 2" in shown
+    assert metrics_of(tmp_path)["accuracies"] == metrics["accuracies"]
+
+    assert main([*arguments, "--output", str(tmp_path), "--resume"]) == 2
+    assert "the number of processes was 2 there, got 1" in capsys.readouterr().err
 
 
 def picture(path: Path, mode: str, size: tuple[int, int], seed: int) -> None:

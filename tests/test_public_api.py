@@ -33,7 +33,7 @@ CALLS = {
     "synchronize=True)",
     "power_law_prior": "(num_prototypes, exponent=0.25)",
     "swapped_prediction_loss": "(scores, codes, *, temperature=0.1, sample_weight=None)",
-    "multi_crop_forward": "(network, crops)",
+    "multi_crop_forward": "(network, crops, *, key=None)",
     "SinkhornKnopp": "(epsilon=0.05, iterations=3, *, process_group=None, synchronize=True, "
     "relaxation=inf, tolerance=None, hard=False, validate=False)",
     "SinkhornKnopp.forward": "(self, scores, sample_weight=None, prototype_weight=None)",
@@ -53,13 +53,16 @@ CALLS = {
     f"photometric={PhotometricDistortion()})",
     "PhotometricDistortion": "(brightness=0.64, contrast=0.64, saturation=0.64, hue=0.16, "
     "jitter_probability=0.8, greyscale_probability=0.2, blur_probability=0.5, "
-    "blur_sigma=(0.1, 2.0))",
+    "blur_sigma=(0.1, 2.0), other_channels='error')",
     "PhotometricDistortion.__call__": "(self, crops, *, generator=None)",
-    "MultiCropTransform": f"(crops={CROPS}, *, {IMAGENET})",
-    "MultiCropTransform.__call__": "(self, image, *, generator=None)",
+    "MultiCropTransform": f"(crops={CROPS}, *, {IMAGENET}, smaller_first=False, eight_bit=False)",
+    "MultiCropTransform.__call__": "(self, image, *, generator=None, seed=None, "
+    "return_boxes=False)",
     "SwAVLoss": "(feature_dim, num_prototypes, *, num_code_views=2, temperature=0.1, "
     "epsilon=0.05, iterations=3, queue_length=0, queue_start=0, freeze_steps=0, "
-    "memory='auto', process_group=None, synchronize=True, prototype_gradient='tangent')",
+    "memory='auto', reduction='mean', process_group=None, synchronize=True, "
+    "prototype_gradient='tangent', queue_dtype=None, shard_prototypes=False)",
+    "SwAVLoss.check_ranks": "(self)",
     "SwAVLoss.forward": "(self, features, *, sample_weight=None, return_details=False)",
     "SwAVDetails": "(codes, scores)",
     "sharded_state_dict": "(module, *, checkpoint=None, process_group=None)",
@@ -68,6 +71,7 @@ CALLS = {
 # What a class offers beyond the members of nn.Module and the fields of a dataclass.
 MEMBERS = {
     "SinkhornKnopp": {"process_group"},
+    "SwAVLoss": {"check_ranks"},
     "PrototypeLayer": {"directions", "normalize_", "assign", "reset_parameters", "initialize_"},
     "FeatureQueue": {"push", "age"},
 }

@@ -765,10 +765,15 @@ BAD_SETTINGS = [
             ("0.1", TypeError, "{} must be a number, got str"),
         ]
     ),
-    ({"synchronize": "always"}, ValueError, "synchronize must be True or False, got 'always'"),
+    ({"synchronize": 1}, ValueError, "synchronize must be True or False or 'always', got 1"),
     ({"memory": "half"}, ValueError, "memory must be 'full' or 'streamed' or 'auto', got 'half'"),
     ({"memory": None}, ValueError, "memory must be 'full' or 'streamed' or 'auto', got None"),
-    ({"reduction": "mean"}, TypeError, "unexpected keyword argument 'reduction'"),
+    ({"reduction": "sum"}, ValueError, "reduction must be 'mean' or 'global_mean', got 'sum'"),
+    (
+        {"queue_length": 4, "queue_dtype": torch.int8},
+        ValueError,
+        "dtype must be None or torch.float16 or .*, got torch.int8",
+    ),
 ]
 VIEW = torch.zeros(4, DIMENSION)
 BAD_INPUTS = [

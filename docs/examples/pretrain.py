@@ -3,6 +3,7 @@
     python docs/examples/pretrain.py                        # 4,000 MNIST digits
     python docs/examples/pretrain.py --data digits          # scikit-learn's 8x8 digits
     python docs/examples/pretrain.py --data path/to/images  # your own; subfolders are labels
+    torchrun --nproc-per-node 2 docs/examples/pretrain.py   # each batch on two processes
 
 The training loop in ``train`` is of the kind that users of swavkit write themselves: crops,
 features, loss, step. Labels serve the evaluation only. Everything is written into one folder:
@@ -27,13 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from swavkit import MultiCropTransform, SwAVLoss, multi_crop_forward
 
 try:
     import evaluation
     import pictures
+    import processes
     from encoder import Network, distort_digits
     from images import Images, load_images
     from settings import (
@@ -54,6 +57,18 @@ except ModuleNotFoundError as missing:
     )
 
 MEAN, STD = 0.5, 0.5  # of the pixels that the network sees
+
+
+class Model(nn.Module):
+    """From crops to the loss, so that the processes of a job share all parameters there are."""
+
+    def __init__(self, network: nn.Module, criterion: SwAVLoss) -> None:
+        super().__init__()
+        self.network, self.criterion = network, criterion
+
+    def forward(self, crops: list[Tensor]) -> Tensor:
+        """Return the loss of one batch."""
+        return self.criterion(multi_crop_forward(self.network, crops))
 
 
 @dataclass
@@ -78,7 +93,7 @@ def prepare(settings: Settings, images: Tensor, code_views: int) -> Training:
         temperature=settings.temperature,
         epsilon=settings.epsilon,
         iterations=settings.iterations,
-        queue_length=settings.queue,
+        queue_length=-(-settings.queue // processes.SIZE),
         freeze_steps=settings.freeze_steps,
     )
     network = Network(images.shape[1], settings.feature_dim)
@@ -105,6 +120,9 @@ def train(
     training: Training, settings: Settings, transform: MultiCropTransform, images: Tensor
 ) -> None:
     """Train to the last epoch, with a checkpoint after each."""
+    model: nn.Module = Model(training.network, training.criterion)
+    if processes.SIZE > 1:
+        model = DistributedDataParallel(model)
     chance = math.log(settings.prototypes)  # the loss of scores that are all equal
     steps = len(images) // settings.batch_size  # in an epoch
     in_epoch = steps * settings.batch_size
@@ -115,15 +133,15 @@ def train(
         unit_scale=True,
         dynamic_ncols=True,
         mininterval=0.5,
+        disable=processes.RANK > 0,
     )
     while training.epoch < settings.epochs:
         started = time.perf_counter()
         losses = []
-        order = torch.randperm(len(images)).to(images.device)
-        for rows in order[:in_epoch].split(settings.batch_size):
-            crops = transform(images[rows])
-            features = multi_crop_forward(training.network, crops)
-            loss = training.criterion(features)
+        order = processes.of_the_first(torch.randperm(len(images)).to(images.device))
+        for batch in order[:in_epoch].split(settings.batch_size):
+            rows = batch[processes.RANK :: processes.SIZE]
+            loss = model(transform(images[rows]))
             training.optimizer.zero_grad()
             loss.backward()
             training.optimizer.step()
@@ -134,7 +152,7 @@ def train(
             if len(losses) % 10 == 0 or len(losses) == steps:
                 mean = float(torch.stack(losses[-10:]).mean())
                 progress.set_postfix_str(f"loss {mean:.3f}, ln K {mean - chance:+.3f}", False)
-        training.losses += torch.stack(losses).tolist()
+        training.losses += processes.mean(torch.stack(losses)).tolist()
         training.epoch += 1
         training.seconds += time.perf_counter() - started
         save_checkpoint(training, settings, images)
@@ -143,15 +161,21 @@ def train(
 
 def save_checkpoint(training: Training, settings: Settings, images: Tensor) -> None:
     """Write the checkpoint so that at any moment either the old or the new one is there, whole."""
+    own = {
+        "criterion": training.criterion.state_dict(),  # prototypes, queue, steps
+        "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state(images.device) if images.is_cuda else None,
+    }
+    of_processes = processes.everyones(own)
+    if processes.RANK > 0:
+        return
     state = {
         "settings": dataclasses.asdict(settings),
         "images": len(images),
         "network": training.network.state_dict(),
-        "criterion": training.criterion.state_dict(),  # prototypes, queue, steps
+        "processes": of_processes,
         "optimizer": training.optimizer.state_dict(),
         "schedule": training.schedule.state_dict(),
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state(images.device) if images.is_cuda else None,
         "epoch": training.epoch,
         "seconds": training.seconds,
         "losses": training.losses,
@@ -169,31 +193,41 @@ def load_checkpoint(training: Training, settings: Settings, images: Tensor) -> N
     """Go back to where the last checkpoint was written, if there is one."""
     path = Path(settings.output) / "checkpoint.pt"
     if not path.exists():
-        print(f"no {path} yet: starting from the beginning")
+        say(f"no {path} yet: starting from the beginning")
         return
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = {**state["settings"], "images": state["images"]}
+        saved = {
+            **state["settings"],
+            "the number of training images": state["images"],
+            "the number of processes": len(state["processes"]),
+        }
     except Exception as error:  # torch.load raises many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{str(path)!r} is no checkpoint of this program: {reason}") from error
-    for name, value in {**dataclasses.asdict(settings), "images": len(images)}.items():
+    present = {
+        **dataclasses.asdict(settings),
+        "the number of training images": len(images),
+        "the number of processes": processes.SIZE,
+    }
+    for name, value in present.items():
         if name not in FREE_TO_CHANGE and saved.get(name) != value:
-            what = "the number of training images" if name == "images" else flag(name)
+            what = name if " " in name else flag(name)
             raise UserError(
                 f"--resume must go on as {str(path)!r} began: {what} was {saved.get(name)!r} "
                 f"there, got {value!r}"
             )
     training.network.load_state_dict(state["network"])
-    training.criterion.load_state_dict(state["criterion"])
+    own = state["processes"][processes.RANK]
+    training.criterion.load_state_dict(own["criterion"])
     training.optimizer.load_state_dict(state["optimizer"])
     training.schedule.load_state_dict(state["schedule"])
-    torch.set_rng_state(state["random"])
-    if images.is_cuda and state["random_cuda"] is not None:
-        torch.cuda.set_rng_state(state["random_cuda"], images.device)
+    torch.set_rng_state(own["random"])
+    if images.is_cuda and own["random_cuda"] is not None:
+        torch.cuda.set_rng_state(own["random_cuda"], images.device)
     training.epoch, training.seconds = state["epoch"], state["seconds"]
     training.losses = state["losses"]
-    print(f"going on after epoch {training.epoch} of {settings.epochs}")
+    say(f"going on after epoch {training.epoch} of {settings.epochs}")
 
 
 @torch.no_grad()
@@ -264,13 +298,19 @@ def run(settings: Settings) -> None:
     """Pretrain, evaluate and write everything into the output folder."""
     started = time.perf_counter()
     device = choose_device(settings.device)
+    processes.join(device)
     torch.set_num_threads(settings.threads)
     threadpool_limits(settings.threads)  # of the libraries below scikit-learn
     groups = crop_groups(settings, distort_digits)
     images = load_images(
         settings.data, validation=settings.validation, image_size=settings.image_size
     ).to(device)
-    print(f"{images}, on {device}", flush=True)
+    say(f"{images}, on {device}" + f", {processes.SIZE} processes" * (processes.SIZE > 1))
+    if settings.batch_size // processes.SIZE < 2:
+        raise UserError(
+            f"--batch-size must be at least 2 for each of the {processes.SIZE} processes, "
+            f"got {settings.batch_size}"
+        )
     if settings.batch_size > len(images.train):
         raise UserError(
             f"--batch-size must be at most the {len(images.train)} training images, "
@@ -284,12 +324,17 @@ def run(settings: Settings) -> None:
         training = prepare(settings, images.train, groups[0].count)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
+    if processes.RANK > 0:  # other crops on each process
+        torch.manual_seed(settings.seed + 10**9 * processes.RANK)
     untrained = copy.deepcopy(training.network.encoder)
     if settings.resume:
         load_checkpoint(training, settings, images.train)
     if settings.compile:
         training.network.compile()
     train(training, settings, transform, images.train)
+    processes.leave()
+    if processes.RANK > 0:
+        return
     trained = time.perf_counter()
 
     training.network.eval()
@@ -306,6 +351,7 @@ def run(settings: Settings) -> None:
             **{name: version(name) for name in ("swavkit", "torch", "numpy", "scikit-learn")},
         },
         "device": str(device),
+        "processes": processes.SIZE,
         "threads": torch.get_num_threads(),
         "images": {
             "train": len(images.train),
@@ -332,9 +378,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run(parse(arguments, __doc__.splitlines()[0]))
     except UserError as error:
-        print(f"pretrain.py: error: {error}", file=sys.stderr)
+        if processes.RANK == 0:
+            print(f"pretrain.py: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def say(text: str) -> None:
+    """Print a line, once on all processes together."""
+    if processes.RANK == 0:
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -48,7 +49,7 @@ class Settings:
     temperature: float = option(0.1, "softmax temperature of the predictions")
     epsilon: float = option(0.02, "entropy temperature of the codes")
     iterations: int = option(3, "Sinkhorn-Knopp iterations")
-    queue: int = option(0, "slots of the feature queue; 0 for none")
+    queue: int = option(0, "slots of the feature queue, over all processes; 0 for none")
     freeze_steps: int = option(50, "steps before the prototypes start to move")
     learning_rate: float = option(2e-3, "largest learning rate of AdamW")
     warmup_steps: int = option(300, "steps of linear warm-up before the cosine decay")
@@ -146,7 +147,9 @@ def crop_groups(settings: Settings, distort_digits: Any) -> list[CropGroup]:
 def choose_device(name: str) -> torch.device:
     """Return the device that ``--device`` names, once a tensor was made on it."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        rank = os.environ.get("LOCAL_RANK")  # given by torchrun
+        cuda = "cuda" if rank is None else f"cuda:{rank}"
+        return torch.device(cuda if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros((), device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -160,10 +160,10 @@ def test_a_checksum_sees_every_bit_and_the_order_of_rows(dtype: torch.dtype) -> 
 class Shared(nn.Module):
     """A module with a collective whose size depends on its input."""
 
-    def __init__(self, calls: int = 1) -> None:
+    def __init__(self, *, repeatedly: bool = False) -> None:
         super().__init__()
         self.group: Any = None
-        self.agreement = Agreement(calls)
+        self.agreement = Agreement(repeatedly=repeatedly)
 
     def forward(self, values: Tensor) -> Tensor:
         group = participants(self.group, self.training)
@@ -190,7 +190,10 @@ def first_calls(rank: int) -> dict[str, list[list[int]]]:
     module = Shared()
     outcome["evaluated"] = calls(module.eval(), 1)
     outcome["used"] = calls(module.train())
-    outcome["twice"] = calls(Shared(calls=2))
+    repeated = Shared(repeatedly=True)
+    outcome["repeatedly"] = calls(repeated, 9)
+    outcome["repeatedly, copied"] = calls(copy.deepcopy(repeated))
+    outcome["repeatedly, pickled"] = calls(pickle.loads(pickle.dumps(repeated)))
     outcome["copied"] = calls(copy.deepcopy(module))
     outcome["pickled"] = calls(pickle.loads(pickle.dumps(module)))
     module.group = dist.new_group([0, 1, 2])
@@ -207,7 +210,11 @@ def test_settings_are_compared_once_a_module_and_group(ranks: Ranks) -> None:
     expected = {
         "evaluated": [[]],
         "used": once,
-        "twice": [[RECORD, VALUES], [RECORD, VALUES], [VALUES]],
+        "repeatedly": [
+            [RECORD, VALUES] if call in (1, 2, 4, 8) else [VALUES] for call in range(1, 10)
+        ],
+        "repeatedly, copied": [[RECORD, VALUES], [RECORD, VALUES], [VALUES]],
+        "repeatedly, pickled": [[RECORD, VALUES], [RECORD, VALUES], [VALUES]],
         "copied": once,
         "pickled": once,
         "another group": once,

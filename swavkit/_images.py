@@ -1,0 +1,189 @@
+"""What a user gives as images: checked, and made tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swavkit._device import one_by_one
+from swavkit._precision import at_least_float32
+
+_MANY, _SMALL = 16, 48**2  # images, pixels of each: from where on a CPU is faster with batches
+_SLACK = 1e-3  # beyond [0, 1], for the rounding of bfloat16 pixels
+
+
+@runtime_checkable
+class PILImage(Protocol):
+    """What this package asks of a PIL image, so that PIL need not be imported."""
+
+    @property
+    def mode(self) -> str: ...
+
+    def load(self) -> Any: ...
+
+    def convert(self, mode: str) -> PILImage: ...
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images of one number of channels and dtype, on one device.
+
+    Attributes:
+        samples: (B, C, H, W), or a list of (C, H, W) of any heights and widths.
+        single: Whether one image was given, not a batch.
+    """
+
+    samples: Tensor | list[Tensor]
+    single: bool
+
+    @property
+    def first(self) -> Tensor:
+        """A tensor with the dtype, device and channels of all."""
+        return self.samples if isinstance(self.samples, Tensor) else self.samples[0]
+
+    @property
+    def channels(self) -> int:
+        return self.first.shape[-3]
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether the images may be worked on one after the other."""
+        samples = [self.samples] if isinstance(self.samples, Tensor) else self.samples
+        return all(one_by_one(sample) for sample in samples)
+
+    def many_small(self, largest_crop: int) -> bool:
+        """Tell whether starting operations on one image after the other is what would cost most."""
+        if not isinstance(self.samples, Tensor) or len(self.samples) < _MANY:
+            return False
+        return max(self.samples.shape[-2] * self.samples.shape[-1], largest_crop**2) <= _SMALL
+
+    @property
+    def returned_dtype(self) -> torch.dtype:
+        """The dtype of the crops."""
+        return self.first.dtype if self.first.is_floating_point() else torch.float32
+
+    @property
+    def working_dtype(self) -> torch.dtype:
+        """The dtype in which pixels are worked on."""
+        return at_least_float32(self.returned_dtype)
+
+    @property
+    def largest_value(self) -> int:
+        """What white is."""
+        return 255 if self.first.dtype == torch.uint8 else 1
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The order of the batch's channels in memory, which its crops keep."""
+        batch = self.samples
+        if self.single or not isinstance(batch, Tensor) or batch.is_contiguous():
+            return torch.contiguous_format
+        last = batch.is_contiguous(memory_format=torch.channels_last)
+        return torch.channels_last if last else torch.contiguous_format
+
+    def sizes(self) -> Tensor:
+        """Return the heights and widths, (B, 2), on the CPU."""
+        if isinstance(self.samples, Tensor):
+            size = torch.tensor(self.samples.shape[-2:], device="cpu")
+            return size.expand(len(self.samples), 2)
+        return torch.tensor([sample.shape[-2:] for sample in self.samples], device="cpu")
+
+    def batch(self) -> Tensor:
+        """Return (B, C, H, W) in [0, 1]; below and right of smaller images there are zeros."""
+        if isinstance(self.samples, Tensor):
+            batch = self.samples
+        else:
+            height = max(sample.shape[1] for sample in self.samples)
+            width = max(sample.shape[2] for sample in self.samples)
+            margins = [(width - one.shape[2], height - one.shape[1]) for one in self.samples]
+            batch = torch.stack(
+                [
+                    F.pad(sample, (0, right, 0, below))
+                    for sample, (right, below) in zip(self.samples, margins, strict=True)
+                ]
+            )
+        return batch.to(self.working_dtype) / self.largest_value
+
+    def refuse_values_outside_0_1(self) -> None:
+        """Raise an error for what cannot be pixels; looks at the values, so for a CPU only."""
+        for index, sample in enumerate(self.samples):
+            low, high = (float(limit) for limit in sample.detach().aminmax())
+            if not -_SLACK <= low <= high <= 1 + _SLACK:
+                name = "image" if self.single else f"image[{index}]"
+                raise ValueError(
+                    f"{name} must be uint8 or lie in [0, 1] for PhotometricDistortion, got values "
+                    f"from {low:g} to {high:g}"
+                )
+
+
+def load(image: Any, channels: int | None) -> Images:
+    """Return what the user gave; ``channels`` are those of the statistics, None for any."""
+    if isinstance(image, (list, tuple)):
+        if not image:
+            raise ValueError("image must hold at least one image, got an empty list")
+        samples = [
+            _pixels(f"image[{index}]", one, channels, (3,), "(C, H, W)")
+            for index, one in enumerate(image)
+        ]
+        for index, sample in enumerate(samples):
+            _like_the_first(index, sample, samples[0])
+        return Images(samples, single=False)
+    pixels = _pixels("image", image, channels, (3, 4), "(C, H, W) or (B, C, H, W)")
+    single = pixels.dim() == 3
+    return Images(pixels[None] if single else pixels, single=single)
+
+
+def _pixels(
+    name: str, image: Any, channels: int | None, dimensions: tuple[int, ...], shape: str
+) -> Tensor:
+    """Return one image or batch as a tensor, uint8 or floating."""
+    if not isinstance(image, Tensor) and isinstance(image, PILImage):
+        image = _pil_pixels(name, image, channels)
+    if not isinstance(image, Tensor):
+        raise TypeError(f"{name} must be a PIL image or a torch.Tensor, got {type(image).__name__}")
+    if not (image.dtype == torch.uint8 or image.is_floating_point()):
+        raise TypeError(f"{name} must be uint8 or floating-point, got {image.dtype}")
+    if image.dim() not in dimensions:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(image.shape)}")
+    if 0 in image.shape[-3:]:
+        raise ValueError(f"{name} must have channels and pixels, got shape {tuple(image.shape)}")
+    if channels is not None and channels != image.shape[-3]:
+        raise ValueError(
+            f"mean and std must have one number per channel of {name}, got {channels} numbers "
+            f"and an image of {image.shape[-3]} channels, shape {tuple(image.shape)}"
+        )
+    return image
+
+
+def _pil_pixels(name: str, image: PILImage, channels: int | None) -> Tensor:
+    """Return the (C, H, W) uint8 pixels of a PIL image."""
+    if image.mode.startswith(("I", "F")):
+        raise TypeError(
+            f"{name} must be an 8-bit PIL image, got mode {image.mode!r}: its range is not known, "
+            f"give a floating tensor in [0, 1] instead"
+        )
+    wanted = "L" if image.mode == "L" and channels != 3 else "RGB"
+    try:
+        image.load()
+        # A copy, of which the tensor may be the only owner.
+        pixels = np.array(image if image.mode == wanted else image.convert(wanted))
+    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for a corrupt file
+        raise ValueError(f"{name} must be a readable PIL image, got one where {error}") from error
+    return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1)
+
+
+def _like_the_first(index: int, sample: Tensor, first: Tensor) -> None:
+    if (sample.dtype, sample.device) != (first.dtype, first.device):
+        raise TypeError(
+            f"image[{index}] must have the dtype and device of image[0], {first.dtype} on "
+            f"{first.device}, got {sample.dtype} on {sample.device}"
+        )
+    if len(sample) != len(first):
+        raise ValueError(
+            f"image[{index}] must have the channels of image[0], {len(first)}, got {len(sample)}"
+        )

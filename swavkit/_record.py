@@ -1,0 +1,48 @@
+"""What of a ``SwAVLoss`` must be the same on all processes, and what to do where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from swavkit._agreement import checksum
+from swavkit._distributed import is_sharded
+
+_HEADS = 8  # whose sizes are compared one by one; those of more by their sum
+
+ADVICE = {
+    "the checksum of the prototypes": "wrap SwAVLoss in DistributedDataParallel or fully_shard, "
+    "alone or inside the model: left bare, each process trains prototypes of its own"
+}
+
+
+def record(
+    criterion: Any, heads: Sequence[Any], settings_of_codes: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the settings and values of a loss and its heads, as ``_agreement.py`` compares them.
+
+    Of prototypes that lie in shards on several processes there is only one matrix: nothing to
+    compare.
+    """
+    sizes: list[int | None] = [head.num_prototypes for head in heads[:_HEADS]]
+    sizes += [None] * (_HEADS - len(sizes))
+    checksums = [checksum(head.weight) for head in heads if not is_sharded(head.weight)]
+    return {
+        "the number of heads": len(heads),
+        "num_prototypes": sum(head.num_prototypes for head in heads),
+        **{f"num_prototypes[{head}]": size for head, size in enumerate(sizes)},
+        "the dtype of the prototypes": heads[0].weight.dtype,
+        "feature_dim": heads[0].feature_dim,
+        "num_code_views": criterion.num_code_views,
+        "temperature": getattr(criterion.loss, "temperature", None),
+        "queue_start": criterion.queue_start,
+        "freeze_steps": criterion.freeze_steps,
+        "reduction='global_mean'": criterion.reduction == "global_mean",
+        "steps": criterion.steps,
+        **settings_of_codes,
+        "the checksum of the prototypes": checksum(torch.stack(checksums).unsqueeze(1))
+        if checksums
+        else None,
+    }

@@ -1,0 +1,89 @@
+"""One resolution of a multi-crop, and what a sequence of them must be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from swavkit import _checks
+from swavkit.photometric import PhotometricDistortion
+
+__all__ = ["CropGroup"]
+
+
+@dataclass(frozen=True)
+class CropGroup:
+    """One resolution of a multi-crop: how many crops, how large a part of the image each shows.
+
+    Args:
+        size: Height and width of the crops in pixels, at least 1.
+        count: Number of crops; 0 leaves the group out.
+        scale: Range of a crop's area as a fraction of the image's, 0 < low <= high <= 1, drawn
+            uniformly.
+        ratio: Range of a crop's width over its height before it is made square, 0 < low <= high,
+            drawn log-uniformly.
+        flip: Probability of mirroring left and right.
+        photometric: A :class:`PhotometricDistortion`, any callable, or None. A callable is given
+            a crop (C, size, size) where the transform was given an image, the stacked crops (B, C,
+            size, size) where it was given a batch, in [0, 1] and float32 (float64 for float64
+            images), and returns the same shape. Its random numbers are its own.
+
+    Raises:
+        TypeError: If a setting is of a wrong kind.
+        ValueError: If a setting is out of range.
+
+    Example:
+        >>> CropGroup(size=96, count=6, scale=(0.05, 0.14), photometric=None).ratio
+        (0.75, 1.3333333333333333)
+
+    References:
+        Caron et al. 2020, arXiv 2006.09882, section 3.2.
+    """
+
+    size: int
+    count: int
+    scale: tuple[float, float]
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    photometric: Callable[[Tensor], Tensor] | None = PhotometricDistortion()
+
+    def __post_init__(self) -> None:
+        group = f"CropGroup({self.size}, {self.count}): "  # which one, where there are several
+        _checks.positive_int(f"{group}size", self.size)
+        _checks.non_negative_int(f"{group}count", self.count)
+        scale = _checks.positive_range(f"{group}scale", self.scale, most=1)
+        object.__setattr__(self, "scale", scale)
+        ratio = _checks.positive_range(f"{group}ratio", self.ratio)
+        object.__setattr__(self, "ratio", ratio)
+        _checks.float_between(f"{group}flip", self.flip, 0, 1)
+        if self.photometric is not None and not callable(self.photometric):
+            raise TypeError(
+                f"{group}photometric must be a callable or None, got "
+                f"{type(self.photometric).__name__}"
+            )
+
+
+def checked_groups(crops: Any, smaller_first: bool) -> tuple[CropGroup, ...]:
+    """Return ``crops`` if they are groups that make crops, the first of them the largest."""
+    if not isinstance(crops, (list, tuple)):
+        raise TypeError(f"crops must be a sequence of CropGroup, got {type(crops).__name__}")
+    if not crops:
+        raise ValueError("crops must hold at least one CropGroup, got none")
+    for index, group in enumerate(crops):
+        if not isinstance(group, CropGroup):
+            raise TypeError(f"crops[{index}] must be a CropGroup, got {type(group).__name__}")
+    used = [index for index, group in enumerate(crops) if group.count]
+    if not used:
+        raise ValueError(f"crops must hold a group with a count of 1 or more, got {crops}")
+    first = used[0]
+    for index in used:
+        if crops[index].size > crops[first].size and not smaller_first:
+            raise ValueError(
+                f"crops[{first}] must hold the largest size, because its crops give the codes, got "
+                f"size {crops[first].size} there and {crops[index].size} in crops[{index}]; "
+                f"smaller_first=True permits it"
+            )
+    return tuple(crops)

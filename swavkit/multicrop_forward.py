@@ -1,0 +1,99 @@
+"""The pass of crops of several resolutions through a network, for any method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swavkit import _checks
+
+__all__ = ["multi_crop_forward"]
+
+
+def multi_crop_forward(
+    network: Callable[[Tensor], Any], crops: Sequence[Tensor], *, key: int | str | None = None
+) -> Tensor:
+    """Run ``network`` once per resolution and return the features in the order of the crops.
+
+    Crops of one resolution go through the network together, in the order of their first appearance,
+    so batch statistics are taken per resolution.
+
+    Args:
+        network: Takes (N, C, H, W) crops, returns (N, D) features, with the same D for all.
+        crops: V tensors (B, C, H, W), resolutions in any order.
+        key: Where the features are in what the network returns, for one that returns more: an index
+            into a tuple or list, a key of a dictionary, or the name of an attribute.
+
+    Returns:
+        (V, B, D) features.
+
+    Raises:
+        TypeError: If the crops or what the network returns are no floating tensors.
+        ValueError: If there is no crop, the crops differ in B or C, or the network returns another
+            shape, or nothing under ``key``.
+
+    Example:
+        >>> network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        >>> crops = [torch.rand(4, 3, size, size) for size in (16, 16, 8)]
+        >>> multi_crop_forward(network, crops).shape
+        torch.Size([3, 4, 3])
+
+    References:
+        Caron et al. 2020, arXiv 2006.09882, section 3.2.
+    """
+    if not isinstance(crops, (list, tuple)):
+        raise TypeError(f"crops must be a sequence of torch.Tensor, got {type(crops).__name__}")
+    if not crops:
+        raise ValueError("crops must hold at least one tensor, got none")
+    if key is not None and (isinstance(key, bool) or not isinstance(key, (int, str))):
+        raise TypeError(f"key must be an int, a str or None, got {type(key).__name__}")
+    positions: dict[tuple[int, int], list[int]] = {}
+    for index, crop in enumerate(crops):
+        _checks.floating_tensor(f"crops[{index}]", crop)
+        if crop.dim() != 4 or crop.shape[:2] != crops[0].shape[:2]:
+            raise ValueError(
+                f"crops[{index}] must have shape (B, C, H, W) with B and C as in crops[0], got "
+                f"{tuple(crop.shape)} beside {tuple(crops[0].shape)}"
+            )
+        positions.setdefault((crop.shape[2], crop.shape[3]), []).append(index)
+    features: dict[int, Tensor] = {}
+    for (height, width), members in positions.items():
+        name = f"the output of network for crops of {height}x{width}"
+        output = _under(key, name, network(torch.cat([crops[index] for index in members])))
+        _checks.floating_tensor(name, output)
+        if output.dim() != 2 or len(output) != len(members) * len(crops[0]):
+            raise ValueError(
+                f"{name} must have shape ({len(members) * len(crops[0])}, D), got "
+                f"{tuple(output.shape)}"
+            )
+        views = output.reshape(len(members), len(crops[0]), output.shape[1])
+        features.update(zip(members, views, strict=True))
+        if output.shape[1] != features[0].shape[1]:
+            raise ValueError(
+                f"{name} must have D = {features[0].shape[1]} as for the crops before, got "
+                f"{tuple(output.shape)}"
+            )
+    return torch.stack([features[index] for index in range(len(crops))])
+
+
+def _under(key: int | str | None, name: str, output: Any) -> Any:
+    """Return what is under ``key`` in what a network returned."""
+    if key is None:
+        if isinstance(output, (tuple, list, Mapping)):
+            raise TypeError(
+                f"{name} must be a torch.Tensor, got {type(output).__name__}: say with key where "
+                f"the features are in it"
+            )
+        return output
+    if isinstance(output, Tensor):
+        raise TypeError(f"{name} must be a tuple, list or dictionary for key={key!r}, got a Tensor")
+    if isinstance(key, str) and not isinstance(output, Mapping) and hasattr(output, key):
+        return getattr(output, key)
+    try:
+        return output[key]
+    except (KeyError, IndexError, TypeError) as error:
+        held = list(output) if isinstance(output, Mapping) else type(output).__name__
+        raise ValueError(f"{name} must have something under key={key!r}, got {held}") from error

@@ -1,0 +1,289 @@
+"""The loss inside what users train with: DDP, FSDP2, torch.compile, activation checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from swavkit import PrototypeLayer, SwAVLoss
+from tests.distributed.one_answer import (
+    EACH_VARIANT,
+    INPUTS,
+    STEPS,
+    VIEWS,
+    Network,
+    assert_one_answer,
+    flat,
+    under_ddp,
+)
+from tests.ranks import Ranks
+
+pytestmark = pytest.mark.distributed
+
+
+def checkpointed(module: nn.Module, *inputs: Any, **named: Any) -> Any:
+    return checkpoint(module, *inputs, use_reentrant=False, **named)
+
+
+class Checkpointed(nn.Module):
+    """A module whose every call is checkpointed, and repeated to its very end."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, inputs: Tensor, weight: Tensor | None, details: bool) -> Any:
+        with set_checkpoint_early_stop(False):
+            return checkpointed(self.module, inputs, weight, False)
+
+
+def ddp_around_each(network: Network, group: Any) -> nn.Module:
+    encoder, criterion = map(DistributedDataParallel, (network.encoder, network.criterion))
+    network.call_encoder = lambda module, *inputs: encoder(*inputs)
+    network.call_criterion = lambda module, *inputs, **named: criterion(*inputs, **named)
+    return network
+
+
+def fsdp_around_the_root(network: Network, group: Any) -> nn.Module:
+    return fully_shard(network)
+
+
+def fsdp_around_each(network: Network, group: Any) -> nn.Module:
+    fully_shard(network.encoder)
+    fully_shard(network.criterion)
+    return network
+
+
+def fsdp_around_the_loss_and_the_root(network: Network, group: Any) -> nn.Module:
+    fully_shard(network.criterion)
+    return fully_shard(network)
+
+
+def fsdp_around_prototypes_and_the_root(network: Network, group: Any) -> nn.Module:
+    prototypes = network.criterion.prototypes
+    for layer in prototypes if isinstance(prototypes, nn.ModuleList) else [prototypes]:
+        fully_shard(layer)
+    return fully_shard(network)
+
+
+def checkpointed_encoder(network: Network, group: Any) -> nn.Module:
+    network.call_encoder = checkpointed
+    return under_ddp(network, group)
+
+
+def checkpointed_loss(network: Network, group: Any) -> nn.Module:
+    network.call_criterion = checkpointed
+    return under_ddp(network, group)
+
+
+def checkpointed_network(network: Network, group: Any) -> nn.Module:
+    return DistributedDataParallel(Checkpointed(network))
+
+
+def checkpointed_both_under_fsdp(network: Network, group: Any) -> nn.Module:
+    network.call_encoder = network.call_criterion = checkpointed
+    return fsdp_around_the_loss_and_the_root(network, group)
+
+
+def ddp_around_a_compiled_network(network: Network, group: Any) -> Callable[..., Any]:
+    network.call_encoder = checkpointed
+    torch._dynamo.reset()
+    network.compile(backend="aot_eager", fullgraph=True)
+    parallel = under_ddp(network, group)
+    return lambda inputs, weight, details: parallel(inputs, weight, False)
+
+
+def compiled_ddp(network: Network, group: Any) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    parallel = torch.compile(under_ddp(network, group), backend="aot_eager")
+    return lambda inputs, weight, details: parallel(inputs, weight, False)
+
+
+ENGINES = [
+    under_ddp,
+    ddp_around_each,
+    fsdp_around_the_root,
+    fsdp_around_each,
+    fsdp_around_the_loss_and_the_root,
+    fsdp_around_prototypes_and_the_root,
+    checkpointed_encoder,
+    checkpointed_loss,
+    checkpointed_network,
+    checkpointed_both_under_fsdp,
+]
+COMPILED = [ddp_around_a_compiled_network, compiled_ddp]
+
+
+@EACH_VARIANT
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.__name__)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sizes": (3, 3), "queue_length": 6, "freeze_steps": 4},
+        {"sizes": (4, 1), "num_prototypes": (5, 3), "queue_length": 4 * STEPS, "weights": (0, 2)},
+    ],
+    ids=["queue and freezing", "heads and weights"],
+)
+def test_an_engine_gives_the_answer_of_one_process(
+    start_ranks: Callable[[int], Ranks],
+    engine: Callable[..., Any],
+    options: dict[str, Any],
+    variant: dict[str, Any],
+) -> None:
+    assert_one_answer(start_ranks(2), engine=engine, **options, **variant)
+
+
+@EACH_VARIANT
+@pytest.mark.parametrize("engine", COMPILED, ids=lambda engine: engine.__name__)
+def test_a_compiled_step_gives_the_answer_of_one_process(
+    start_ranks: Callable[[int], Ranks], engine: Callable[..., Any], variant: dict[str, Any]
+) -> None:
+    assert_one_answer(
+        start_ranks(2),
+        (3, 2),
+        engine=engine,
+        queue_length=3 * STEPS,
+        freeze_steps=4,
+        weights=(0, 1, 2),
+        **variant,
+    )
+
+
+# Gradients accumulated over several batches
+
+
+def sums_of_gradients(rank: int, argument: tuple[str, np.ndarray]) -> np.ndarray:
+    """Return the gradients of three batches together, of two rounds with a step after each."""
+    engine, inputs = argument
+    network = Network(torch.float64, queue_length=8 if engine == "alone" else 4)
+    call: Any = network
+    if engine == "ddp":
+        call = under_ddp(network, None)
+    elif engine == "fsdp":
+        call = fsdp_around_the_loss_and_the_root(network, None)
+    parameters = list(network.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.3)
+    gradients = []
+    for of_round in torch.tensor(inputs):
+        optimizer.zero_grad()
+        for index, batch in enumerate(of_round):
+            last = index == len(of_round) - 1
+            if engine == "fsdp":
+                call.set_requires_gradient_sync(last)
+            with call.no_sync() if engine == "ddp" and not last else nullcontext():
+                call(batch, None, False)[0].backward()
+        gradients.append(flat([parameter.grad for parameter in parameters]))
+        optimizer.step()
+    return np.array(gradients)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_gradients_accumulate_without_synchronisation_of_the_engine(
+    start_ranks: Callable[[int], Ranks], engine: str
+) -> None:
+    inputs = np.random.default_rng(0).normal(size=(2, 3, VIEWS, 4, INPUTS))
+    shards = inputs[..., :2, :], inputs[..., 2:, :]
+    alone = sums_of_gradients(0, ("alone", inputs))
+    for gradients in start_ranks(2).run(sums_of_gradients, [(engine, part) for part in shards]):
+        np.testing.assert_allclose(gradients, alone, rtol=0, atol=1e-10)
+
+
+# Activation checkpointing that cannot be right
+
+
+def repeated(rank: int, settings: dict[str, Any]) -> dict[str, str | None]:
+    torch.manual_seed(0)
+    features = torch.randn(3, 4, 4, requires_grad=True)
+
+    def with_details(criterion: SwAVLoss) -> Tensor:
+        loss, details = criterion(features * 2, return_details=True)
+        return loss + (features.mean() * details.codes.sum()).exp()
+
+    outcome: dict[str, str | None] = {}
+    for name, call in {
+        "reentrant": lambda criterion: checkpoint(criterion, features, use_reentrant=True),
+        "details": lambda criterion: checkpoint(with_details, criterion, use_reentrant=False),
+    }.items():
+        criterion = SwAVLoss(4, 5, **settings)
+        loss = call(criterion)
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            outcome[name] = str(error)
+        else:
+            outcome[name] = None
+        assert int(criterion.steps) == 1
+        assert criterion.queue is None or len(criterion.queue) == 4
+    return outcome
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ({}, {}),
+        ({"queue_length": 8}, {"reentrant": "a queue", "details": "a queue"}),
+        ({"freeze_steps": 3}, {"reentrant": "freeze_steps"}),
+    ],
+)
+def test_repetitions_that_would_see_another_state_are_refused(
+    start_ranks: Callable[[int], Ranks], settings: dict[str, Any], refused: dict[str, str]
+) -> None:
+    for outcome in start_ranks(2).run(repeated, [settings] * 2):
+        for name, text in outcome.items():
+            if name in refused:
+                assert text is not None
+                assert f"SwAVLoss with {refused[name]} cannot be" in text
+            else:
+                assert text is None
+
+
+# Between the calls of FSDP2, which keeps the weight in shards
+
+
+def prototypes_in_shards(rank: int) -> dict[str, Any]:
+    network = Network(torch.float64)
+    prototypes = network.criterion.prototypes
+    assert isinstance(prototypes, PrototypeLayer)
+    with torch.no_grad():
+        prototypes.weight.mul_(torch.arange(1, 8).unsqueeze(1))
+    expected, samples = prototypes.directions.clone(), torch.randn(5, 4).double()
+    indices = prototypes.assign(samples)
+    fsdp_around_the_loss_and_the_root(network, None)
+    outcome: dict[str, Any] = {}
+    for name, call in {
+        "assign": lambda: prototypes.assign(samples),
+        "call": lambda: prototypes(samples),
+        "initialize_": lambda: prototypes.initialize_(torch.randn(50, 4).double()),
+    }.items():
+        with pytest.raises(RuntimeError) as caught:
+            call()
+        outcome[name] = str(caught.value)
+    network.criterion.unshard()
+    outcome["gathered"] = torch.equal(prototypes.assign(samples), indices)
+    network.criterion.reshard()
+    outcome["directions"] = torch.equal(prototypes.directions.full_tensor(), expected)
+    prototypes.normalize_()
+    norms = prototypes.weight.full_tensor().norm(dim=1)
+    outcome["norms"] = (norms - 1).abs().max().item()
+    network.criterion.check_ranks()
+    return outcome
+
+
+def test_what_is_asked_of_prototypes_in_shards_is_right_or_refused(
+    start_ranks: Callable[[int], Ranks],
+) -> None:
+    for outcome in start_ranks(2).run(prototypes_in_shards):
+        for name in ("assign", "call", "initialize_"):
+            assert outcome[name].startswith("weight lies in shards, as FSDP2 keeps it between")
+        assert outcome["gathered"]
+        assert outcome["directions"]
+        assert outcome["norms"] < 1e-12
