@@ -177,7 +177,7 @@ def _loss(
     views = len(features)
     share = shares(sample_weight, features[0])
     scale = residual_scale(features.dtype)
-    # Products in float16 could leave its range, upwards for residuals and downwards for shares.
+    # In float16 the product of a feature and its share could underflow.
     dtype = torch.float32 if features.dtype == torch.float16 else features.dtype
     of_features = share.new_zeros(features.shape if with_gradients else (0,))
     of_directions = share.new_zeros(directions.shape if with_gradients else (0,))
