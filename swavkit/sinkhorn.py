@@ -136,7 +136,10 @@ def _codes(
     with autocast_disabled(scores.device):
         if validate:
             refuse_bad_values(scores, sample_weight, prototype_weight, group)
-        problems = scores.flatten(0, -3) if scores.dim() > 3 else scores  # (B, K) or (N, B, K)
+        problems = scores  # (B, K) or (N, B, K)
+        if scores.dim() > 2:
+            problems = scores.flatten(0, -3)
+            problems = problems[0] if len(problems) == 1 else problems
         weights = [weight for weight in (sample_weight, prototype_weight) if weight is not None]
         strict = relaxation == math.inf and tolerance is None
         if strict and not weights and group is None and fits_at_once(problems, iterations):
@@ -160,7 +163,7 @@ def _codes(
                 prototype_mass /= prototype_mass.sum()  # (K,), c
             find_u(plan, prototype_mass, iterations, relaxation, tolerance, group, rider)
             codes = plan.codes()
-        if scores.dim() > 3:
+        if scores.dim() > 2:
             codes = codes.view(scores.shape)
         return one_hot(codes) if hard else codes
 
