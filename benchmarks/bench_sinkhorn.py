@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,8 +51,13 @@ class Problem:
 
 def prepare(problem: Problem) -> Calls:
     scores = problem.scores()
-    calls = {
-        OURS: lambda: sinkhorn_knopp(scores),
+    single = scores[0]
+    calls: dict[str, Callable[[], object]] = {
+        OURS: (
+            (lambda: sinkhorn_knopp(scores))
+            if problem.problems > 1
+            else (lambda: [sinkhorn_knopp(single)])
+        ),
         "published": lambda: [published_codes(view) for view in scores],
     }
     if scores.dtype != torch.float32:

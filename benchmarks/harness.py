@@ -26,6 +26,7 @@ Calls = Mapping[str, Callable[[], object]]
 OURS = "swavkit"  # the first contender of every suite
 SIZES = ("samples", "prototypes", "length")  # of a problem, those that its work grows with
 PEAK_RESET = Path("/proc/self/clear_refs")  # writing 5 resets the peak of a process's memory
+_SECONDS_IN_A_ROW = 0.005  # for a call that is shorter, the mean of so many seconds is its time
 _M_MMAP_THRESHOLD = -3  # of glibc: from which size on memory is given back as soon as it is freed
 
 
@@ -102,20 +103,25 @@ def time_interleaved(
     Each call is timed for about ``seconds``, at least ``least`` times (but a call that takes long
     only twice) and at most ``most`` times. The
     first one takes part in every round; a slower one in one of two, of three, and so on, so that it
-    does not cost the others their repetitions. A different call begins each round. Two rounds
-    before that warm up. Returned is, for each call, its time in each of its rounds.
+    does not cost the others their repetitions. A short one is made several times in a row, or its
+    time would be that of fetching code that the others have driven from the caches. A different
+    call begins each round. Two rounds before that warm up. Returned is, for each call, its time in
+    each of its rounds.
     """
 
-    def timed(name: str) -> float:
+    def timed(name: str, calls_in_a_row: int = 1) -> float:
         begin = clock()
-        calls[name]()
-        return clock() - begin
+        for _ in range(calls_in_a_row):
+            calls[name]()
+        return (clock() - begin) / calls_in_a_row
 
     order = list(calls)
     warm_up = [{name: timed(name) for name in order} for _ in range(2)]
+    quickest = {name: min(times[name] for times in warm_up) for name in order}
+    in_a_row = {name: max(1, int(_SECONDS_IN_A_ROW / quickest[name])) for name in order}
     wanted = {
-        name: min(max(_least(least, quickest), int(seconds / quickest)), most)
-        for name, quickest in ((name, min(times[name] for times in warm_up)) for name in order)
+        name: min(max(_least(least, quickest[name]), int(seconds / quickest[name])), most)
+        for name in order
     }
     rounds = wanted[order[0]]
     every = {name: max(1, rounds // number) for name, number in wanted.items()}
@@ -123,7 +129,7 @@ def time_interleaved(
     for number in range(rounds):
         for name in order:
             if number % every[name] == 0:
-                samples[name][number] = timed(name)
+                samples[name][number] = timed(name, in_a_row[name])
         order.append(order.pop(0))
     return samples
 
