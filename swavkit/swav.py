@@ -359,6 +359,8 @@ class SwAVLoss(nn.Module):
         rows = views * samples + self.num_code_views * (samples + queued)  # scores, and codes
         if queued:  # scores of the queue, and behind those of the code views
             rows += self.num_code_views * (queued + samples + queued)
+        if product_dtype(features).itemsize < 4:  # those of the code views in float32
+            rows += self.num_code_views * samples
         size = rows * head.num_prototypes * at_least_float32(features.dtype).itemsize
         large = size > _BYTES_OF_FULL_MEMORY
         return possible and (self.memory == "streamed" or (self.memory == "auto" and large))

@@ -432,7 +432,9 @@ def test_auto_streams_where_the_scores_are_larger_than_a_limit(
 ) -> None:
     criterion = SwAVLoss(DIMENSION, (5, 7), memory=memory).to(dtype)
     bytes_of_one = max(4, dtype.itemsize)  # of codes, and of what they are computed in
-    for entries, streams in [(5 * 8 * 5 - 1, 2), (5 * 8 * 5, 1), (5 * 8 * 7, 0)]:
+    # Scores of 3 views and codes of 2, whose scores are copied where they are in half precision.
+    rows = 8 * (3 + 2 + 2 * (dtype == torch.float16))
+    for entries, streams in [(rows * 5 - 1, 2), (rows * 5, 1), (rows * 7, 0)]:
         monkeypatch.setattr(swav, "_BYTES_OF_FULL_MEMORY", entries * bytes_of_one)
         for values in (0.0, 1.0, math.nan):
             calls.clear()
