@@ -1,7 +1,7 @@
 """The plan of Sinkhorn-Knopp: P = exp(S/ε), scaled, in blocks that stay in the cache.
 
 It knows how to sum masses; which masses are wanted, and how often, is the business of
-``sinkhorn.py``. It knows of no other processes.
+``_iterations.py``. It knows of no other processes.
 """
 
 from __future__ import annotations
@@ -224,6 +224,10 @@ class Plan:
         lowest = self.lowest
         return block.entries.nan_to_num_(nan=lowest, posinf=lowest, neginf=lowest)
 
+    def _log_p_of(self, block: Block, scores: Tensor) -> Tensor:
+        """Compute S/ε + log_u, of which P is the softmax."""
+        return self._exponents_of(block, scores, block.flaw).add_(_row(self.log_u, block))
+
     def _largest_of(self, block: Block) -> Tensor:
         scores = self.scores(block.part)
         # NaN and infinity show in a sum: less itself it is NaN.
@@ -252,8 +256,7 @@ class Plan:
         return _over_samples(entries, v)
 
     def _log_masses_of(self, block: Block) -> Tensor:
-        exponents = self._exponents_of(block, self.scores(block.part), block.flaw)
-        exponents.add_(_row(self.log_u, block))
+        exponents = self._log_p_of(block, self.scores(block.part))
         log_codes = torch.log_softmax(exponents, dim=-1, out=exponents)
         return log_codes.add_(block.sample_mass.log().unsqueeze(-1)).logsumexp(dim=-2)
 
@@ -262,8 +265,7 @@ class Plan:
             return block.entries
         if scores is None:
             scores = self.scores(block.part)
-        exponents = self._exponents_of(block, scores, block.flaw)
-        exponents.add_(_row(self.log_u, block))
+        exponents = self._log_p_of(block, scores)
         return torch.softmax(exponents, dim=-1, out=exponents)
 
 
