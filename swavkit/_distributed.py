@@ -7,6 +7,7 @@ alone", for which every reduction is the identity.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -80,20 +81,9 @@ def participants(group: ProcessGroup | None, synchronize: bool) -> ProcessGroup 
     return chosen if dist.get_world_size(chosen) > 1 else None
 
 
-def sum_over_ranks(
-    values: Tensor, group: ProcessGroup | None, rider: Tensor | None = None
-) -> Tensor:
-    """Return the sum of ``values`` over the group; may overwrite ``values``.
-
-    A ``rider`` is a small tensor that is summed along in the same collective, in place, with the
-    precision of ``values``.
-    """
-    if rider is None or group is None:
-        return _reduce(values, "SUM", group)
-    together = torch.cat([values.flatten(), rider.flatten().to(values.dtype)])
-    together = _reduce(together, "SUM", group)
-    rider.copy_(together[values.numel() :].view_as(rider))
-    return together[: values.numel()].view_as(values)
+def sum_over_ranks(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Return the sum of ``values`` over the group; may overwrite ``values``."""
+    return _reduce(values, "SUM", group)
 
 
 def share_of_mean(own: Tensor, total: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -122,6 +112,29 @@ def gather_over_ranks(values: Tensor, group: ProcessGroup | None) -> Tensor:
     gathered = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, values.contiguous(), group=group)
     return torch.stack(gathered)
+
+
+def in_one_collective(
+    reduction: Callable[[Tensor, ProcessGroup | None], Tensor],
+    several: Sequence[Tensor],
+    group: ProcessGroup | None,
+) -> list[Tensor]:
+    """Return what a reduction gives for each of the tensors, having sent them together.
+
+    Args:
+        reduction: :func:`sum_over_ranks`, :func:`max_over_ranks` or :func:`gather_over_ranks`.
+        several: Tensors of any shapes, one at least, which may be overwritten. They travel in the
+            widest of their dtypes and come back in their own.
+        group: The processes.
+    """
+    if group is None or len(several) == 1:
+        return [reduction(values, group) for values in several]
+    together = reduction(torch.cat([values.flatten() for values in several]), group)
+    parts = torch.split(together, [values.numel() for values in several], dim=-1)
+    return [
+        part.reshape(together.shape[:-1] + values.shape).to(values.dtype)
+        for part, values in zip(parts, several, strict=True)
+    ]
 
 
 def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:

@@ -1,17 +1,25 @@
 """The iterations of Sinkhorn-Knopp: a plan and the masses it is to have give u, over all processes.
 
-They know how often masses are summed, and not how: that is the business of ``_plan.py``.
+They know how often masses are summed, and not how: that is the business of ``_plan.py``. Several
+plans go in step, so that what they sum over processes is sent together.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from swavkit._distributed import gather_over_ranks, max_over_ranks, sum_over_ranks
+from swavkit._distributed import (
+    gather_over_ranks,
+    in_one_collective,
+    max_over_ranks,
+    sum_over_ranks,
+)
 from swavkit._plan import Plan
 
 if TYPE_CHECKING:
@@ -19,49 +27,68 @@ if TYPE_CHECKING:
 
 
 def find_u(
-    plan: Plan,
-    prototype_mass: Tensor | None,
+    plans: Sequence[Plan],
+    prototype_masses: Sequence[Tensor | None],
     iterations: int,
     relaxation: float,
     tolerance: float | None,
     group: ProcessGroup | None,
     rider: Tensor | None = None,
 ) -> None:
-    """Bring u of a new plan to where the settings ask for; ``None`` stands for equal masses.
+    """Bring u of new plans to where the settings ask for.
 
-    ``rider`` is summed over the group in a collective that is made anyway, in place.
+    Args:
+        plans: One or more, of any shapes.
+        prototype_masses: For each plan the masses (K,), of sum 1, that its prototypes are to have;
+            ``None`` stands for equal ones.
+        iterations: At most so many.
+        relaxation: ρ; infinite is strict.
+        tolerance: A plan that is as near to its masses as that makes no more iterations.
+        group: The processes.
+        rider: A small tensor that is summed over them in a collective that is made anyway, in
+            place.
     """
     if relaxation == math.inf:
-        _iterate(plan, prototype_mass, iterations, tolerance, group, rider)
+        _iterate(plans, prototype_masses, iterations, tolerance, group, rider)
     else:
-        _iterate_relaxed(plan, prototype_mass, iterations, relaxation, group, rider)
+        _iterate_relaxed(plans, prototype_masses, iterations, relaxation, group, rider)
 
 
 def _iterate(
-    plan: Plan,
-    prototype_mass: Tensor | None,
+    plans: Sequence[Plan],
+    prototype_masses: Sequence[Tensor | None],
     iterations: int,
     tolerance: float | None,
     group: ProcessGroup | None,
     rider: Tensor | None,
 ) -> None:
-    """Bring a new plan as near to the masses ``prototype_mass`` (K,), of sum 1, as is asked for."""
-    log_u = -_largest_exponents(plan, group)
-    if prototype_mass is None:
-        prototype_mass = _equal_masses(log_u)
-    else:
-        log_u += prototype_mass.log()
-    mass = sum_over_ranks(plan.start(log_u), group, rider)
-    wanted = prototype_mass
+    """Bring new plans as near to the masses of their prototypes as is asked for."""
+    firsts, wanted = [], []
+    for plan, mass, largest in zip(
+        plans, prototype_masses, _largest_exponents(plans, group), strict=True
+    ):
+        log_u = -largest if mass is None else mass.log() - largest
+        wanted.append(_equal_masses(log_u) if mass is None else mass)
+        firsts.append(plan.start(log_u))
+    masses = _sums(firsts, group, rider)
     for iteration in range(iterations):
         if iteration > 0:
-            mass = sum_over_ranks(plan.masses(), group)
+            masses = _sums([plan.masses() for plan in plans], group)
             if iteration == 1:  # v follows any factor of u, so the first u need not know the total
-                wanted = prototype_mass * mass.sum(dim=-1, keepdim=True)
-            if tolerance is not None and _near(mass, wanted, tolerance):
-                break
-        # No mass is wanted where there is none, or nobody is present.
-        plan.scale((wanted / mass).masked_fill_(mass == 0, 1))
+                wanted = [
+                    share * mass.sum(dim=-1, keepdim=True)
+                    for share, mass in zip(wanted, masses, strict=True)
+                ]
+            if tolerance is not None:  # all processes see the same masses
+                far = [not _near(*pair, tolerance) for pair in zip(masses, wanted, strict=True)]
+                plans = list(itertools.compress(plans, far))
+                wanted = list(itertools.compress(wanted, far))
+                masses = list(itertools.compress(masses, far))
+                if not plans:
+                    break
+        for plan, share, mass in zip(plans, wanted, masses, strict=True):
+            # No mass is wanted where there is none, or nobody is present.
+            plan.scale((share / mass).masked_fill_(mass == 0, 1))
 
 
 def _near(mass: Tensor, wanted: Tensor, tolerance: float) -> bool:
@@ -70,14 +97,14 @@ def _near(mass: Tensor, wanted: Tensor, tolerance: float) -> bool:
 
 
 def _iterate_relaxed(
-    plan: Plan,
-    prototype_mass: Tensor | None,
+    plans: Sequence[Plan],
+    prototype_masses: Sequence[Tensor | None],
     iterations: int,
     relaxation: float,
     group: ProcessGroup | None,
     rider: Tensor | None,
 ) -> None:
-    """Set log u of a new plan to f after so many iterations in the log domain.
+    """Set log u of new plans to f after so many iterations in the log domain.
 
     One iteration is ::
 
@@ -86,31 +113,56 @@ def _iterate_relaxed(
 
     A prototype may end up with less mass than floating point can hold, so masses are logarithms.
     """
-    strength = relaxation / (relaxation + plan.epsilon)
-    shift = _largest_exponents(plan, group)
-    if prototype_mass is None:
-        prototype_mass = _equal_masses(shift)
+    shifts = _largest_exponents(plans, group)
+    wanted = [
+        _equal_masses(shift) if mass is None else mass
+        for mass, shift in zip(prototype_masses, shifts, strict=True)
+    ]
     # The equations take the sum of r to be 1; what it is comes with the first masses.
-    totals = torch.cat([plan.start(-shift), plan.sample_mass.sum(dim=-1, keepdim=True)], dim=-1)
-    totals = sum_over_ranks(totals, group, rider).log()
-    log_mass, log_total = totals[..., :-1], totals[..., -1:]
-    nobody = log_total == -math.inf
-    log_sum = log_mass + shift
+    firsts = [
+        torch.cat([plan.start(-shift), plan.sample_mass.sum(dim=-1, keepdim=True)], dim=-1)
+        for plan, shift in zip(plans, shifts, strict=True)
+    ]
+    totals = [total.log() for total in _sums(firsts, group, rider)]
+    log_sums = [total[..., :-1] + shift for total, shift in zip(totals, shifts, strict=True)]
     for iteration in range(iterations):
         if iteration > 0:
             # The codes are exp(S/ε + f + g), so that the sum is their mass without f.
-            log_mass = gather_over_ranks(plan.log_masses(), group).logsumexp(dim=0)
-            log_sum = log_mass - plan.log_u
-        log_sum = (log_sum - log_total).masked_fill_(nobody, 0)
-        log_u = strength * (prototype_mass.log() - log_sum)
-        plan.relax(log_u.masked_fill_(prototype_mass == 0, -math.inf))
+            log_masses = in_one_collective(
+                gather_over_ranks, [plan.log_masses() for plan in plans], group
+            )
+            log_sums = [
+                of_ranks.logsumexp(dim=0) - plan.log_u
+                for of_ranks, plan in zip(log_masses, plans, strict=True)
+            ]
+        for plan, share, log_sum, total in zip(plans, wanted, log_sums, totals, strict=True):
+            log_total = total[..., -1:]
+            log_sum = (log_sum - log_total).masked_fill_(log_total == -math.inf, 0)  # nobody
+            strength = relaxation / (relaxation + plan.epsilon)
+            log_u = strength * (share.log() - log_sum)
+            plan.relax(log_u.masked_fill_(share == 0, -math.inf))
 
 
 def _equal_masses(like: Tensor) -> Tensor:
     return torch.full_like(like, 1 / like.shape[-1])
 
 
-def _largest_exponents(plan: Plan, group: ProcessGroup | None) -> Tensor:
-    """Return the largest S/ε (N, K) of each prototype; 0 where nobody is present on any rank."""
-    largest = max_over_ranks(plan.largest_exponents(), group)
-    return largest.masked_fill_(largest <= plan.lowest, 0)
+def _largest_exponents(plans: Sequence[Plan], group: ProcessGroup | None) -> list[Tensor]:
+    """Return the largest S/ε (..., K) of each prototype; 0 where nobody is present on any rank."""
+    own = [plan.largest_exponents() for plan in plans]
+    of_all = in_one_collective(max_over_ranks, own, group)
+    return [
+        largest.masked_fill_(largest <= plan.lowest, 0)
+        for plan, largest in zip(plans, of_all, strict=True)
+    ]
+
+
+def _sums(
+    values: list[Tensor], group: ProcessGroup | None, rider: Tensor | None = None
+) -> list[Tensor]:
+    """Return the sum of each of the values over the group, that of the ``rider`` in place."""
+    if rider is None:
+        return in_one_collective(sum_over_ranks, values, group)
+    *sums, total = in_one_collective(sum_over_ranks, [*values, rider], group)
+    rider.copy_(total)
+    return sums

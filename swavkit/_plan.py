@@ -68,6 +68,7 @@ class Plan:
         graded: Whether masses of samples or of prototypes may differ in another way than that.
         epsilon: ε.
         codes: (B, K) or (N, B, K), memory for the codes, if they are wanted as a whole.
+        memory: For P of a part without that, flat. Between two calls others may write there.
     """
 
     log_u: Tensor
@@ -84,6 +85,7 @@ class Plan:
         graded: bool,
         epsilon: float,
         codes: Tensor | None = None,
+        memory: Tensor | None = None,
     ) -> None:
         self.scores, self.sample_mass, self.epsilon = scores, sample_mass, epsilon
         self.all_codes = codes
@@ -103,8 +105,10 @@ class Plan:
             room = codes.__getitem__
             self.keeps_entries = True
         else:
-            samples = max([0, *[sample_mass[part].numel() for part in parts]])
-            memory = empty((samples, num_prototypes), sample_mass.dtype, sample_mass).flatten()
+            self.keeps_entries = len(parts) == 1 and memory is None
+            if memory is None:
+                samples = max([0, *[sample_mass[part].numel() for part in parts]])
+                memory = empty((samples * num_prototypes,), sample_mass.dtype, sample_mass)
 
             def room(part: Part) -> Tensor:
                 shape = (*sample_mass[part].shape, num_prototypes)
@@ -112,7 +116,6 @@ class Plan:
                     return sample_mass.new_empty(shape)
                 return memory[: math.prod(shape)].view(shape)
 
-            self.keeps_entries = len(parts) == 1
         self.holds_p = False
         self.blocks = [
             Block(

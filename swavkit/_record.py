@@ -6,25 +6,30 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from swavkit._agreement import checksum
 from swavkit._distributed import is_sharded
+from swavkit._hooks import computes_plainly
 
 _HEADS = 8  # whose sizes are compared one by one; those of more by their sum
 
+_ONE_BY_ONE = "whether heads get their codes one by one"
+
 ADVICE = {
+    _ONE_BY_ONE: "they do where sinkhorn is replaced or has forward pre-hooks",
     "the checksum of the prototypes": "wrap SwAVLoss in DistributedDataParallel or fully_shard, "
-    "alone or inside the model: left bare, each process trains prototypes of its own"
+    "alone or inside the model: left bare, each process trains prototypes of its own",
 }
 
 
 def record(
-    criterion: Any, heads: Sequence[Any], settings_of_codes: dict[str, Any]
+    criterion: Any, heads: Sequence[Any], sinkhorn: Any, kind: type[nn.Module]
 ) -> dict[str, Any]:
     """Return the settings and values of a loss and its heads, as ``_agreement.py`` compares them.
 
     Of prototypes that lie in shards on several processes there is only one matrix: nothing to
-    compare.
+    compare. ``kind`` is what ``sinkhorn`` is unless somebody has replaced it.
     """
     sizes: list[int | None] = [head.num_prototypes for head in heads[:_HEADS]]
     sizes += [None] * (_HEADS - len(sizes))
@@ -41,7 +46,8 @@ def record(
         "freeze_steps": criterion.freeze_steps,
         "reduction='global_mean'": criterion.reduction == "global_mean",
         "steps": criterion.steps,
-        **settings_of_codes,
+        **sinkhorn._settings()._asdict(),
+        _ONE_BY_ONE: len(heads) > 1 and not computes_plainly(sinkhorn, kind),
         "the checksum of the prototypes": checksum(torch.stack(checksums).unsqueeze(1))
         if checksums
         else None,

@@ -20,6 +20,7 @@ be spread unevenly over processes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -116,56 +117,69 @@ def sinkhorn_knopp(
     _checks.boolean("synchronize", synchronize)
     settings = _checked(epsilon, iterations, relaxation, tolerance, hard, validate)
     group = participants(process_group, synchronize)
-    return _codes(scores, sample_weight, prototype_weight, settings, group)
+    return _codes([scores], sample_weight, prototype_weight, settings, group)[0]
 
 
 def _codes(
-    scores: Tensor,
+    several: Sequence[Tensor],
     sample_weight: Tensor | None,
     prototype_weight: Tensor | None,
     settings: _Settings,
     group: ProcessGroup | None,
     rider: Tensor | None = None,
-) -> Tensor:
-    """Return the codes within the batch of the group; ``rider`` is summed along, in place."""
-    epsilon, iterations, relaxation, tolerance, hard, validate = settings
-    _checks.of_samples_and_prototypes("scores", scores)
-    _checks.weights(sample_weight, prototype_weight, scores)
+) -> list[Tensor]:
+    """Return the codes of each of several scores within the batch of the group, found in step.
 
-    scores = scores.detach()
-    with autocast_disabled(scores.device):
+    ``rider`` is summed over the group along with them, in place.
+    """
+    epsilon, iterations, relaxation, tolerance, hard, validate = settings
+    for scores in several:
+        _checks.of_samples_and_prototypes("scores", scores)
+        _checks.weights(sample_weight, prototype_weight, scores)
+
+    several = [scores.detach() for scores in several]
+    with autocast_disabled(several[0].device):
         if validate:
-            refuse_bad_values(scores, sample_weight, prototype_weight, group)
-        problems = scores  # (B, K) or (N, B, K)
-        if scores.dim() > 2:
-            problems = scores.flatten(0, -3)
-            problems = problems[0] if len(problems) == 1 else problems
-        weights = [weight for weight in (sample_weight, prototype_weight) if weight is not None]
+            for scores in several:
+                refuse_bad_values(scores, sample_weight, prototype_weight, group)
         strict = relaxation == math.inf and tolerance is None
-        if strict and not weights and group is None and fits_at_once(problems, iterations):
-            codes = codes_at_once(problems, epsilon, iterations)
-        else:
+        alone = group is None and sample_weight is None and prototype_weight is None
+        codes, plans, prototype_masses = [], [], []
+        for scores in several:
+            problems = scores  # (B, K) or (N, B, K)
+            if scores.dim() > 2:
+                problems = scores.flatten(0, -3)
+                problems = problems[0] if len(problems) == 1 else problems
+            if strict and alone and fits_at_once(problems, iterations):
+                codes.append(codes_at_once(problems, epsilon, iterations))
+                continue
+            codes.append(empty(problems.shape, scores.dtype, scores))
             dtype = at_least_float32(scores.dtype)
             sample_mass = masses(sample_weight, scores.shape[:-1], scores.device, dtype)
-            plan = Plan(
-                problems.__getitem__,
-                parts_of(problems),
-                sample_mass.view(problems.shape[:-1]),  # r
-                scores.shape[-1],
-                weighted=sample_weight is not None,
-                graded=any(weight.is_floating_point() for weight in weights),
-                epsilon=epsilon,
-                codes=empty(problems.shape, scores.dtype, scores),
+            weights = [weight for weight in (sample_weight, prototype_weight) if weight is not None]
+            plans.append(
+                Plan(
+                    problems.__getitem__,
+                    parts_of(problems),
+                    sample_mass.view(problems.shape[:-1]),  # r
+                    scores.shape[-1],
+                    weighted=sample_weight is not None,
+                    graded=any(weight.is_floating_point() for weight in weights),
+                    epsilon=epsilon,
+                    codes=codes[-1],
+                )
             )
             prototype_mass = None
             if prototype_weight is not None:
                 prototype_mass = masses(prototype_weight, scores.shape[-1:], scores.device, dtype)
                 prototype_mass /= prototype_mass.sum()  # (K,), c
-            find_u(plan, prototype_mass, iterations, relaxation, tolerance, group, rider)
-            codes = plan.codes()
-        if scores.dim() > 2:
-            codes = codes.view(scores.shape)
-        return one_hot(codes) if hard else codes
+            prototype_masses.append(prototype_mass)
+        if plans:
+            find_u(plans, prototype_masses, iterations, relaxation, tolerance, group, rider)
+        for plan in plans:
+            plan.codes()
+        codes = [each.view(scores.shape) for each, scores in zip(codes, several, strict=True)]
+        return [one_hot(each) for each in codes] if hard else codes
 
 
 class SinkhornKnopp(nn.Module):
@@ -225,7 +239,8 @@ class SinkhornKnopp(nn.Module):
         self.synchronize = synchronize
         self._group = GroupHandle(process_group)
         self._agreement = Agreement()
-        self._rider: Tensor | None = None  # for the present call
+        self._rider: Tensor | None = None  # for the present call, as are known codes
+        self._known: Tensor | None = None
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -244,22 +259,48 @@ class SinkhornKnopp(nn.Module):
     ) -> Tensor:
         """Return the codes of ``scores``; see :func:`sinkhorn_knopp`."""
         rider, self._rider = self._rider, None
-        settings, group = self._settings(), self._participants()
-        _checks.of_samples_and_prototypes("scores", scores)
-        shape = math.prod(scores.shape[:-2]), scores.shape[-1]
-        self._compare(shape, scores.dtype, scores.device, prototype_weight is not None)
-        return _codes(scores, sample_weight, prototype_weight, settings, group, rider)
+        known, self._known = self._known, None
+        if known is not None:
+            return known
+        return self._in_step([scores], sample_weight, prototype_weight, rider)[0]
 
-    def _with(self, rider: Tensor, *inputs: Tensor | None) -> Tensor:
-        """Return the codes; ``rider`` is summed over the processes along with them, in place.
+    def _in_step(
+        self,
+        several: Sequence[Tensor],
+        sample_weight: Tensor | None,
+        prototype_weight: Tensor | None = None,
+        rider: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Return the codes of each of several scores, with no more collectives than of one.
 
-        The module is called, so that its hooks are, and with no other argument than ever.
+        ``rider`` is summed over the processes along with them, in place.
         """
-        self._rider = rider
-        codes: Tensor = self(*inputs)
-        if self._rider is not None:  # a forward in place of ours has left it
-            self._rider = None
-            rider.copy_(sum_over_ranks(rider.clone(), self._participants()))
+        settings, group = self._settings(), self._participants()
+        for scores in several:
+            _checks.of_samples_and_prototypes("scores", scores)
+        prototypes = sum(scores.shape[-1] for scores in several)
+        shape = math.prod(several[0].shape[:-2]), prototypes
+        dtype, device = several[0].dtype, several[0].device
+        self._compare(shape, dtype, device, prototype_weight is not None)
+        return _codes(several, sample_weight, prototype_weight, settings, group, rider)
+
+    def _called(
+        self, *inputs: Tensor | None, known: Tensor | None = None, rider: Tensor | None = None
+    ) -> Tensor:
+        """Call the module, so that its hooks are, and with no other argument than ever.
+
+        Args:
+            inputs: The arguments.
+            known: What our forward is to return, if that has been computed.
+            rider: Is summed over the processes along with what is computed, in place.
+        """
+        self._known, self._rider = known, rider
+        try:
+            codes: Tensor = self(*inputs)
+            if rider is not None and self._rider is not None:  # another forward has left it
+                rider.copy_(sum_over_ranks(rider.clone(), self._participants()))
+        finally:
+            self._known = self._rider = None
         return codes
 
     def _compare(

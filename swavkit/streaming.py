@@ -23,6 +23,7 @@ matrices: P and u in ``_plan.py`` and ``sinkhorn.py``, errors and residuals in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,9 +52,8 @@ _FEATURES_OF_A_BLOCK = 256
 _MOST_ENTRIES_OF_A_BLOCK = 2**26
 
 
-def streamed_loss(
-    features: Tensor,
-    directions: Tensor,
+def streamed_losses(
+    factors: Sequence[tuple[Tensor, Tensor]],
     recent: Tensor | None,
     *,
     num_code_views: int,
@@ -67,12 +67,12 @@ def streamed_loss(
     hard: bool,
     group: ProcessGroup | None,
     rider: Tensor | None,
-) -> Tensor:
-    """Return the loss of unit features and unit prototypes, without their scores.
+) -> list[Tensor]:
+    """Return the loss with each of several heads, without their scores.
 
     Args:
-        features: (V, B, D) unit rows, the code views first. Those of weight 0 must be finite.
-        directions: (K, D) unit rows, in the same dtype.
+        factors: For each head the features, (V, B, D) unit rows, the code views first, of which
+            those of weight 0 must be finite; and its prototypes, (K, D) unit rows in their dtype.
         recent: (A, L, D) unit rows from the queue, if there is one.
         num_code_views: A.
         code_weight: (B + L,) weights in the codes, bool or floating, or ``None``.
@@ -87,26 +87,34 @@ def streamed_loss(
         rider: A small tensor to be summed over them along with the masses, in place; or ``None``.
 
     Returns:
-        The loss, a scalar in float32, or float64 for float64 features.
+        The losses, scalars in float32, or float64 for float64 features.
     """
-    wanted = torch.is_grad_enabled() and (features.requires_grad or directions.requires_grad)
-    dtype = product_dtype(features)
-    with torch.no_grad(), autocast_disabled(features.device):
-        scores = _Scores(
-            features.detach().to(dtype),
-            directions.detach().to(dtype),
-            None if recent is None else recent.to(dtype),
-            num_code_views,
-        )
-        plan = scores.plan(code_weight, epsilon)
-        find_u(plan, None, iterations, relaxation, tolerance, group, rider)
-        loss, gradients = _loss(scores, plan, sample_weight, temperature, hard, wanted)
-    if not wanted:
-        return loss
-    attached: Tensor = _Attached.apply(  # type: ignore[no-untyped-call]
-        loss, *gradients, features, directions
-    )
-    return attached
+    tracked = torch.is_grad_enabled()
+    wanted = [tracked and any(part.requires_grad for part in pair) for pair in factors]
+    with torch.no_grad(), autocast_disabled(factors[0][0].device):
+        of_heads = []
+        for features, directions in factors:
+            dtype = product_dtype(features)
+            of_heads.append(
+                _Scores(
+                    features.detach().to(dtype),
+                    directions.detach().to(dtype),
+                    None if recent is None else recent.to(dtype),
+                    num_code_views,
+                )
+            )
+        _share_memory(of_heads)
+        plans = [scores.plan(code_weight, epsilon) for scores in of_heads]
+        equal = [None] * len(plans)
+        find_u(plans, equal, iterations, relaxation, tolerance, group, rider)
+        parts = [
+            _loss(scores, plan, sample_weight, temperature, hard, with_gradients)
+            for scores, plan, with_gradients in zip(of_heads, plans, wanted, strict=True)
+        ]
+    return [
+        _Attached.apply(loss, *gradients, *pair) if with_gradients else loss  # type: ignore[no-untyped-call]
+        for pair, (loss, gradients), with_gradients in zip(factors, parts, wanted, strict=True)
+    ]
 
 
 class _Scores:
@@ -123,6 +131,7 @@ class _Scores:
         self, features: Tensor, directions: Tensor, recent: Tensor | None, num_code_views: int
     ) -> None:
         self.features, self.directions = features, directions
+        self.dtype = at_least_float32(features.dtype)  # of all other arithmetic
         self.of_codes = features[:num_code_views]
         self.blocks = self._blocks(0, features.shape[1])  # of the features
         others = []
@@ -130,11 +139,9 @@ class _Scores:
             self.of_codes = torch.cat([self.of_codes, recent], dim=1)
             others = self._blocks(features.shape[1], self.of_codes.shape[1])
         self.parts = [(slice(None), rows) for rows in self.blocks + others]
-        rows = max([0, *[rows.stop - rows.start for rows in self.blocks + others]])
-        self.memory: Tensor | None = None
-        if not torch.compiler.is_compiling():  # which finds memory for everything itself
-            shape = len(features) * rows, len(directions)
-            self.memory = empty(shape, features.dtype, features)
+        self.most_rows = max([0, *[rows.stop - rows.start for rows in self.blocks + others]])
+        self.memory: Tensor | None = None  # for the scores of a block
+        self.memory_of_p: Tensor | None = None
 
     def _blocks(self, first: int, last: int) -> list[slice]:
         """Return the samples from ``first`` up to ``last`` in blocks."""
@@ -149,11 +156,12 @@ class _Scores:
         return Plan(
             lambda part: self.of(self.of_codes[part]),
             self.parts,
-            masses(weight, shape, self.features.device, at_least_float32(self.features.dtype)),
+            masses(weight, shape, self.features.device, self.dtype),
             len(self.directions),
             weighted=weight is not None,
             graded=weight is not None and weight.is_floating_point(),
             epsilon=epsilon,
+            memory=self.memory_of_p,
         )
 
     def of(self, features: Tensor) -> Tensor:
@@ -162,6 +170,31 @@ class _Scores:
         memory = None if self.memory is None else self.memory[: len(rows)]
         scores = torch.mm(rows, self.directions.T, out=memory)
         return scores.view(*features.shape[:-1], len(self.directions))
+
+
+def _share_memory(of_heads: Sequence[_Scores]) -> None:
+    """Give all heads the same memory for the scores of a block and for its P.
+
+    No block of one is needed any more when that of another is computed. A plan of one block alone
+    is an exception: it keeps its P, and finds memory for it.
+    """
+    if torch.compiler.is_compiling():  # which finds memory for everything itself
+        return
+    blocks = [head.most_rows * len(head.directions) for head in of_heads]
+    of_scores = [
+        entries * len(head.features) * head.features.dtype.itemsize
+        for head, entries in zip(of_heads, blocks, strict=True)
+    ]
+    of_p = [
+        entries * len(head.of_codes) * head.dtype.itemsize * (len(head.parts) > 1)
+        for head, entries in zip(of_heads, blocks, strict=True)
+    ]
+    memory = empty((max(of_scores),), torch.uint8, of_heads[0].features)
+    memory_of_p = empty((max(of_p),), torch.uint8, of_heads[0].features)
+    for head, scores, p in zip(of_heads, of_scores, of_p, strict=True):
+        part = memory[:scores].view(head.features.dtype)
+        head.memory = part.view(-1, len(head.directions))
+        head.memory_of_p = memory_of_p[:p].view(head.dtype) if p else None
 
 
 def _loss(

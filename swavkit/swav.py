@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -13,24 +12,20 @@ from swavkit import _checks
 from swavkit._agreement import Agreement
 from swavkit._details import SwAVDetails
 from swavkit._distributed import participants, share_of_mean, sum_over_ranks
-from swavkit._hooks import is_plainly
-from swavkit._precision import at_least_float32, product_dtype
+from swavkit._heads import losses_of_heads
+from swavkit._precision import at_least_float32
 from swavkit._recomputation import Recomputation, keeping_what_it_saves
 from swavkit._record import ADVICE, record
 from swavkit.feature_queue import FeatureQueue
-from swavkit.prototypes import PrototypeLayer, product, unit_rows
+from swavkit.prototypes import PrototypeLayer, unit_rows
 from swavkit.sharded_prototypes import ShardedPrototypeLayer, layer_class, losses_of_shards
 from swavkit.sinkhorn import SinkhornKnopp
-from swavkit.streaming import streamed_loss
-from swavkit.swapped_prediction import SwappedPredictionLoss, loss_of_factors
+from swavkit.swapped_prediction import SwappedPredictionLoss
 
 if TYPE_CHECKING:
     from swavkit._distributed import ProcessGroup
 
 __all__ = ["SwAVDetails", "SwAVLoss"]
-
-# A head whose scores and codes would take more than that is streamed, unless told otherwise.
-_BYTES_OF_FULL_MEMORY = 2**30
 
 
 class SwAVLoss(nn.Module):
@@ -236,12 +231,9 @@ class SwAVLoss(nn.Module):
         if shards:
             parts = losses_of_shards(self, heads, together, sample_weight, group, return_details)
         else:
-            parts = [
-                self._loss_of_head(
-                    head, together, around, sample_weight, return_details, None if place else rider
-                )
-                for place, head in enumerate(heads)
-            ]
+            parts = losses_of_heads(
+                self, heads, together, around, sample_weight, rider, return_details
+            )
         losses, details = zip(*parts, strict=True)
         loss: Tensor = losses[0] if len(heads) == 1 else torch.stack(losses).mean()
         if own is not None and rider is not None:
@@ -271,125 +263,11 @@ class SwAVLoss(nn.Module):
         self._agreement.require(self._record, group, self.steps.device, advice=ADVICE, again=True)
 
     def _record(self) -> dict[str, Any]:
-        return record(self, self._heads(), self.sinkhorn._settings()._asdict())
+        return record(self, self._heads(), self.sinkhorn, SinkhornKnopp)
 
     def _heads(self) -> list[PrototypeLayer]:
         several = isinstance(self.prototypes, nn.ModuleList)
         return list(self.prototypes) if several else [self.prototypes]  # type: ignore[arg-type, list-item]
-
-    def _loss_of_head(
-        self,
-        head: PrototypeLayer,
-        features: Tensor,
-        around: Tensor | None,
-        sample_weight: Tensor | None,
-        return_details: bool,
-        rider: Tensor | None,
-    ) -> tuple[Tensor, SwAVDetails | None]:
-        """Return the loss with one layer of prototypes.
-
-        Where ``around`` (V, B, 1) is true, the scores of ``features`` (V, B, D) count as NaN. The
-        scores in the details are only there if they are asked for. ``rider`` is summed over the
-        processes, in place.
-        """
-        frozen = self.steps < self.freeze_steps if self.freeze_steps else None
-        unobserved = all(
-            is_plainly(part, kind)
-            for part, kind in (
-                (head, PrototypeLayer),
-                (self.sinkhorn, SinkhornKnopp),
-                (self.loss, SwappedPredictionLoss),
-            )
-        )
-        if self._streams(head, features, unobserved, return_details):
-            recent = None if self.queue is None else unit_rows(self.queue.features)
-            factors = head._factors(features, frozen)
-            shape, dtype = (self.num_code_views, head.num_prototypes), product_dtype(factors[0])
-            self.sinkhorn._compare(shape, at_least_float32(dtype), features.device)
-            settings = self.sinkhorn._settings()._asdict()
-            del settings["validate"]
-            loss = streamed_loss(
-                *factors,
-                recent,
-                num_code_views=self.num_code_views,
-                code_weight=self._code_weight(features.shape[1], sample_weight),
-                sample_weight=sample_weight,
-                temperature=self.loss.temperature,
-                group=self.sinkhorn._participants(),
-                rider=rider,
-                **settings,
-            )
-            return loss, None
-        # Features times their factor would leave the range of float16 in a batch of thousands.
-        fused = unobserved and product_dtype(features) != torch.float16
-        if fused:
-            factors = head._factors(features, frozen)
-            scores = product(*factors)
-        else:
-            scores = head(features, frozen=frozen)  # (V, B, K)
-        if around is not None:
-            scores = scores.masked_fill(around, torch.nan)
-        constant = scores.detach()
-        codes = self._codes(head, constant[: self.num_code_views], sample_weight, rider)
-        if fused:
-            loss = loss_of_factors(
-                *factors,
-                constant,
-                codes,
-                temperature=self.loss.temperature,
-                sample_weight=sample_weight,
-                residual=None if return_details else constant,
-            )
-        else:
-            loss = self.loss(scores, codes, sample_weight)
-        return loss, SwAVDetails(codes, constant)
-
-    def _streams(
-        self, head: PrototypeLayer, features: Tensor, unobserved: bool, return_details: bool
-    ) -> bool:
-        """Tell whether to compute the loss of a head block by block."""
-        possible = unobserved and not return_details and not self.sinkhorn.validate
-        if self.memory == "streamed" and not possible:
-            raise ValueError(
-                "memory must be 'full' or 'auto' for details, for validated codes, and with a part "
-                "that is replaced or has hooks, got 'streamed'"
-            )
-        views, samples, _ = features.shape
-        queued = 0 if self.queue is None else self.queue.length
-        rows = views * samples + self.num_code_views * (samples + queued)  # scores, and codes
-        if queued:  # scores of the queue, and behind those of the code views
-            rows += self.num_code_views * (queued + samples + queued)
-        if product_dtype(features).itemsize < 4:  # those of the code views in float32
-            rows += self.num_code_views * samples
-        size = rows * head.num_prototypes * at_least_float32(features.dtype).itemsize
-        large = size > _BYTES_OF_FULL_MEMORY
-        return possible and (self.memory == "streamed" or (self.memory == "auto" and large))
-
-    @torch.no_grad()
-    def _codes(
-        self,
-        head: PrototypeLayer,
-        scores: Tensor,
-        sample_weight: Tensor | None,
-        rider: Tensor | None,
-    ) -> Tensor:
-        """Return the codes of the current samples, (A, B, K), computed along with the queue."""
-        scores = scores.to(at_least_float32(scores.dtype))  # so that the codes stay float32
-        solve = self.sinkhorn if rider is None else partial(self.sinkhorn._with, rider)
-        samples = scores.shape[1]
-        if self.queue is not None:
-            recent = head(self.queue.features).to(scores.dtype)
-            scores = torch.cat([scores, recent], dim=1)
-        codes: Tensor = solve(scores, self._code_weight(samples, sample_weight))
-        return codes[:, :samples]
-
-    def _code_weight(self, samples: int, sample_weight: Tensor | None) -> Tensor | None:
-        """Return the weights in the codes: of the current samples and then of the queue's."""
-        if self.queue is None:
-            return sample_weight
-        takes_part = self.queue.valid & (self.steps >= self.queue_start)
-        present = takes_part.new_ones(samples) if sample_weight is None else sample_weight
-        return torch.cat([present, takes_part.to(present.dtype)])
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""

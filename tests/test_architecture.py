@@ -79,7 +79,7 @@ def test_the_table_names_only_files_further_down() -> None:
 def test_components_know_no_other_but_groups_a_default_step_and_masses() -> None:
     between = {
         (file, other)
-        for file in set(ORDER) - {"__init__", "swav"}
+        for file in set(ORDER) - {"__init__", "swav", "_heads"}
         for other in permitted(file)
         if not other.startswith("_")
     }
@@ -98,6 +98,10 @@ def test_components_know_no_other_but_groups_a_default_step_and_masses() -> None
         ("streaming", "sinkhorn"),
         ("streaming", "swapped_prediction"),
     }
+
+
+def test_only_the_loss_looks_into_the_room_of_its_heads() -> None:
+    assert [file for file in FILES if "_heads" in imported_files(syntax_of(file))] == ["swav"]
 
 
 @EACH_FILE

@@ -169,8 +169,8 @@ def test_a_step_compares_at_first_and_ever_more_rarely_and_counts_samples_along(
     arguments = [
         {"memory": of_rank, "hooked": hooked and of_rank != "streamed"} for of_rank in memory
     ]
-    # Of two heads with two code views, 4 sums each: the number of samples rides in the second one.
-    sums = [2 * 3, 2 * 3 + 1, 2 * 3, 2 * 3] + [2 * 4] * 4
+    # Two heads with two code views, in step: the number of samples rides in the second collective.
+    sums = [2 * 7, 2 * 7 + 1, 2 * 7, 2 * 7]
     compared = [RECORD]
     for sent in ranks.run(what_a_step_sends, arguments):
         first, *later = sent
