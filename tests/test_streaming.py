@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from swavkit import (
     SwappedPredictionLoss,
     SwAVLoss,
     _heads,
+    _plan,
     streaming,
 )
 from tests import oracles, tolerances
@@ -543,6 +544,51 @@ def test_where_somebody_looks_at_the_parts_auto_is_full_and_streamed_an_error(
         assert_close(found[1], expected[1])
         found, expected = found[0], expected[0]
     assert_close(found, expected)
+
+
+# Memory
+
+
+@pytest.fixture
+def asked_for(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of the pieces of memory for blocks."""
+    sizes = []
+    original = streaming.empty
+
+    def spy(shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
+        sizes.append(math.prod(shape) * dtype.itemsize)
+        return original(shape, dtype, like)
+
+    monkeypatch.setattr(streaming, "empty", spy)
+    monkeypatch.setattr(_plan, "empty", spy)
+    return sizes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_heads_share_the_memory_of_a_block(asked_for: list[int], dtype: torch.dtype) -> None:
+    needed = {}
+    for sizes in [5, 40, 11, (5, 40, 11)]:
+        asked_for.clear()
+        with blocks_of(6):  # 2 samples of 3 views
+            SwAVLoss(DIMENSION, sizes, memory="streamed").to(dtype)(features_of(dtype=dtype))
+        needed[sizes] = sum(asked_for)
+    # 2 samples' scores of all 3 views, and P of 2.
+    assert needed[40] == 2 * (3 + 2) * 40 * dtype.itemsize
+    assert needed[5, 40, 11] == needed[40]
+
+
+@pytest.mark.parametrize("rows", [3, 6, 12, 1000])
+def test_heads_that_share_memory_disturb_no_other(device: torch.device, rows: int) -> None:
+    """In blocks, and as one that keeps its P; of several dtypes, too."""
+    criterion, full = streamed_and_full(device, torch.float32, sizes=(9, 2, 40), queue_length=10)
+    for each in (criterion, full):
+        each.prototypes[1].double()
+    for _ in range(2):
+        features = features_of(device=device, dtype=torch.float32)
+        with blocks_of(rows):
+            found = results(criterion, features)
+        for one, other in zip(found, results(full, features), strict=True):
+            assert_close(one, other, atol=2e-6)
 
 
 # Gradients, and who may use them how often

@@ -144,9 +144,13 @@ def test_an_engine_gives_the_answer_of_one_process(
 
 
 @EACH_VARIANT
+@pytest.mark.parametrize("num_prototypes", [7, (5, 3)], ids=str)
 @pytest.mark.parametrize("engine", COMPILED, ids=lambda engine: engine.__name__)
 def test_a_compiled_step_gives_the_answer_of_one_process(
-    start_ranks: Callable[[int], Ranks], engine: Callable[..., Any], variant: dict[str, Any]
+    start_ranks: Callable[[int], Ranks],
+    engine: Callable[..., Any],
+    num_prototypes: Any,
+    variant: dict[str, Any],
 ) -> None:
     assert_one_answer(
         start_ranks(2),
@@ -155,6 +159,7 @@ def test_a_compiled_step_gives_the_answer_of_one_process(
         queue_length=3 * STEPS,
         freeze_steps=4,
         weights=(0, 1, 2),
+        num_prototypes=num_prototypes,
         **variant,
     )
 
