@@ -178,7 +178,8 @@ def _codes(
             find_u(plans, prototype_masses, iterations, relaxation, tolerance, group, rider)
         for plan in plans:
             plan.codes()
-        codes = [each.view(scores.shape) for each, scores in zip(codes, several, strict=True)]
+        if several[0].dim() > 2:
+            codes = [each.view(scores.shape) for each, scores in zip(codes, several, strict=True)]
         return [one_hot(each) for each in codes] if hard else codes
 
 
@@ -239,8 +240,8 @@ class SinkhornKnopp(nn.Module):
         self.synchronize = synchronize
         self._group = GroupHandle(process_group)
         self._agreement = Agreement()
-        self._rider: Tensor | None = None  # for the present call, as are known codes
-        self._known: Tensor | None = None
+        self._known: Tensor | None = None  # for the present call, see _called
+        self._rider: Tensor | None = None
 
     @property
     def process_group(self) -> ProcessGroup | None:

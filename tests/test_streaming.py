@@ -575,6 +575,9 @@ def test_heads_share_the_memory_of_a_block(asked_for: list[int], dtype: torch.dt
     # 2 samples' scores of all 3 views, and P of 2.
     assert needed[40] == 2 * (3 + 2) * 40 * dtype.itemsize
     assert needed[5, 40, 11] == needed[40]
+    asked_for.clear()  # a P that is one block stays where it is
+    SwAVLoss(DIMENSION, (5, 40, 11), memory="streamed").to(dtype)(features_of(dtype=dtype))
+    assert sum(asked_for) == 8 * (3 * 40 + 2 * (5 + 40 + 11)) * dtype.itemsize
 
 
 @pytest.mark.parametrize("rows", [3, 6, 12, 1000])

@@ -58,8 +58,7 @@ def together_and_separately(rank: int, argument: dict[str, Any]) -> float:
     return largest
 
 
-@pytest.mark.parametrize("samples", [(4, 4, 4), (5, 0, 3)], ids=str)
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("samples", "weighted"), [((4, 4, 4), False), ((5, 0, 3), True)], ids=str)
 @pytest.mark.parametrize(
     ("settings", "of_codes"),
     [
@@ -67,7 +66,7 @@ def together_and_separately(rank: int, argument: dict[str, Any]) -> float:
         ({"reduction": "global_mean", "queue_length": 6}, {}),
         ({"iterations": 12}, {"hard": True}),
         ({}, {"relaxation": 0.1}),
-        ({"iterations": 60, "reduction": "global_mean"}, {"tolerance": 0.02}),
+        ({"iterations": 30, "reduction": "global_mean"}, {"tolerance": 0.05}),
     ],
     ids=str,
 )
@@ -77,8 +76,8 @@ def test_heads_in_step_are_the_mean_of_separate_losses(
     memory: str,
     settings: dict[str, Any],
     of_codes: dict[str, Any],
-    weighted: bool,
     samples: tuple[int, ...],
+    weighted: bool,
 ) -> None:
     common = {"settings": {**settings, "memory": memory}, "of_codes": of_codes}
     common["weighted"] = weighted
