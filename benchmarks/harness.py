@@ -103,13 +103,17 @@ def time_interleaved(
     Each call is timed for about ``seconds``, at least ``least`` times (but a call that takes long
     only twice) and at most ``most`` times. The
     first one takes part in every round; a slower one in one of two, of three, and so on, so that it
-    does not cost the others their repetitions. A short one is made several times in a row, or its
-    time would be that of fetching code that the others have driven from the caches. A different
-    call begins each round. Two rounds before that warm up. Returned is, for each call, its time in
-    each of its rounds.
+    does not cost the others their repetitions. A different call begins each round. Returned is, for
+    each call, its time in each of its rounds.
+
+    A training loop makes one and the same call, so none is to pay for what the others did to the
+    caches and to free memory, which a virtual machine may have to ask its host for again: before it
+    is timed it is made once more, and a short one is made several times in a row. Two rounds of
+    warm-up tell how long each of them takes.
     """
 
     def timed(name: str, calls_in_a_row: int = 1) -> float:
+        calls[name]()
         begin = clock()
         for _ in range(calls_in_a_row):
             calls[name]()

@@ -286,23 +286,23 @@ def codes_at_once(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     """
     dtype = at_least_float32(scores.dtype)
     lowest = torch.finfo(dtype).min / 4
-    total = scores.sum(dim=-1, dtype=dtype)
-    flaw = total - total  # NaN where a score is not finite, else 0
-    exponents = torch.add(flaw.unsqueeze(-1), scores, alpha=1 / epsilon)
+    total = scores.sum(dim=-1, keepdim=True, dtype=dtype)
+    flaw = total - total  # (..., B, 1), NaN where a score is not finite, else 0
+    exponents = torch.add(flaw, scores, alpha=1 / epsilon)
     exponents.nan_to_num_(lowest, lowest, lowest)
     torch.log_softmax(exponents, dim=-2, out=exponents)
     entries = torch.softmax(exponents, dim=-1, out=exponents)
-    v = code_mass = flaw.exp_()  # NaN or 1
+    factor = flaw.exp_()  # NaN or 1, what a code must sum to
     if iterations > 1:
-        v = sample_mass = code_mass.nan_to_num(0)
+        v = sample_mass = factor.squeeze(-1).nan_to_num(0)
         transposed = entries.mT
         for _ in range(iterations - 1):
             u = _products(transposed, v).reciprocal_()
             sums = _products(entries, u)
             v = sample_mass / sums
         entries.mul_(u.unsqueeze(-2))
-        v = code_mass / sums
-    codes = entries.mul_(v.unsqueeze(-1))
+        factor /= sums.unsqueeze(-1)
+    codes = entries.mul_(factor)
     return codes if scores.dtype == dtype else codes.to(scores.dtype)
 
 

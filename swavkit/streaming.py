@@ -12,9 +12,9 @@ with Z the features, C the prototypes and a block some samples of all views::
     for block in blocks:                       # of all views
         codes = diag(v) P diag(u)
         loss += Σ_v n_v · logsumexp(S_v/τ) - ⟨T_v, S_v⟩/τ
-        residual = n_v · softmax(S_v/τ) - T_v
-        gradient of Z_block = residual C
-        gradient of C += residualᵀ Z_block     # in float32 or better
+        residual = T_v - n_v · softmax(S_v/τ)
+        gradient of Z_block = -residual C
+        gradient of C -= residualᵀ Z_block     # in float32 or better
 
 The backward pass only scales both gradients. Each formula stands where it stands for whole
 matrices: P and u in ``_plan.py`` and ``sinkhorn.py``, errors and residuals in
@@ -214,7 +214,7 @@ def _loss(
     dtype = torch.float32 if features.dtype == torch.float16 else features.dtype
     of_features = share.new_zeros(features.shape if with_gradients else (0,))
     of_directions = share.new_zeros(directions.shape if with_gradients else (0,))
-    factor = 1 / (temperature * len(scores.of_codes) * (views - 1) * scale)
+    factor = -1 / (temperature * len(scores.of_codes) * (views - 1) * scale)
     loss = share.new_zeros(())
     for rows, block in zip(scores.blocks, plan.blocks, strict=False):
         of_block = scores.of(features[:, rows])  # (V, b, K)

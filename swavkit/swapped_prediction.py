@@ -13,9 +13,9 @@ the double sum over pairs of views (Caron et al. 2020, eq. 2 and §3.2)::
 collapses to one logsumexp per view, and its gradient is known as soon as the softmax is::
 
     L = 1/(A(V-1)) · Σ_v mean_b [ n_v · logsumexp_k(S_v/τ) - ⟨T_v, S_v⟩/τ ]
-    ∂L/∂S_v = (n_v · softmax(S_v/τ) - T_v) · w_b / (τ · A · (V-1) · Σ w)
+    ∂L/∂S_v = (T_v - n_v · softmax(S_v/τ)) · -w_b / (τ · A · (V-1) · Σ w)
 
-So the forward pass also forms the residual n_v · softmax(S_v/τ) - T_v, in the memory that the
+So the forward pass also forms the residual T_v - n_v · softmax(S_v/τ), in the memory that the
 softmax needs anyway. It stays as it is, with entries of the order of 1; the factor behind it, which
 would flush many of them to zero in half precision, is applied in float32 by the backward pass.
 """
@@ -198,7 +198,7 @@ def prediction_error(
         target: (b, K), T, in the dtype of the arithmetic, float32 or float64.
         mass: (b,), n, the row sums of T.
         temperature: τ.
-        residual: (b, K), overwritten with n · softmax(S/τ) - T; it may be ``scores`` itself.
+        residual: (b, K), overwritten with T - n · softmax(S/τ); it may be ``scores`` itself.
         residual_scale: What the residual is multiplied by before it is rounded to its dtype.
     """
     largest = scores.amax(dim=-1, keepdim=True).to(target.dtype)
@@ -214,8 +214,9 @@ def prediction_error(
     log_sum = torch.add(shift, largest, alpha=1 / temperature).squeeze(-1)
     log_sum -= predictions.amax(dim=-1).log()
     if residual is not None:
-        predictions.mul_((mass * residual_scale).unsqueeze(-1))
-        torch.sub(predictions, target, alpha=residual_scale, out=residual)
+        torch.addcmul(target, predictions, mass.unsqueeze(-1), value=-1, out=logits)
+        if logits is not residual:
+            torch.mul(logits, residual_scale, out=residual)
     return mass * log_sum - agreement
 
 
@@ -242,7 +243,7 @@ def _loss_and_factor(
                 None if residuals is None else [residual[rows] for residual in residuals],
             )
         pairs = len(codes) * (len(scores) - 1)
-        factor = share / (temperature * pairs * residual_scale(scores[0].dtype))
+        factor = share / -(temperature * pairs * residual_scale(scores[0].dtype))
         return (share * errors).sum() / pairs, factor.unsqueeze(-1)
 
 
@@ -275,7 +276,7 @@ def errors_of_samples(
         codes: A tensors (b, K).
         temperature: τ.
         sample_weight: (b,), or ``None``. Where it is 0, so are the error and the residuals.
-        residuals: V tensors (b, K), overwritten with n_v · softmax(S_v/τ) - T_v, times
+        residuals: V tensors (b, K), overwritten with T_v - n_v · softmax(S_v/τ), times
             :func:`residual_scale`; they may be the ``scores`` themselves.
     """
     dtype = at_least_float32(scores[0].dtype)

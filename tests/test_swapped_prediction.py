@@ -332,7 +332,7 @@ def test_the_error_of_some_samples_of_one_view_and_what_is_left_of_them(
     expected = [oracles.loss(pair[:, [i]], of_view[None, [i]], 0.1) for i in range(4)]
     tolerance = 100 * tolerances.ATOL[arithmetic]
     np.testing.assert_allclose(found.double().cpu().numpy(), expected, rtol=0, atol=tolerance)
-    left = oracles.loss_gradient(pair, of_view[None], 0.1)[1] * 0.1 * len(scores)
+    left = oracles.loss_gradient(pair, of_view[None], 0.1)[1] * -0.1 * len(scores)
     np.testing.assert_allclose(
         residual.double().cpu().numpy(), left, rtol=0, atol=4 * tolerances.ATOL[dtype]
     )
