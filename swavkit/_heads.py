@@ -16,7 +16,8 @@ from swavkit.sinkhorn import SinkhornKnopp
 from swavkit.streaming import streamed_losses
 from swavkit.swapped_prediction import SwappedPredictionLoss, loss_of_factors
 
-# Heads whose scores and codes would take more than that are streamed, unless told otherwise.
+# Unless told otherwise, this much memory may be spent so as not to compute scores again: those of all
+# views, and codes; or where that is too little, those that the codes are made from.
 _BYTES_OF_FULL_MEMORY = 2**30
 
 
@@ -132,6 +133,7 @@ def _streamed(
         temperature=criterion.loss.temperature,
         group=sinkhorn._participants(),
         rider=rider,
+        most_bytes_of_p=_BYTES_OF_FULL_MEMORY if criterion.memory == "auto" else 0,
         **settings,
     )
 

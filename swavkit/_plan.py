@@ -100,33 +100,38 @@ class Plan:
             zeros = torch.zeros_like(sample_mass)
             self.absence = zeros.masked_fill_(sample_mass == 0, torch.nan)
 
-        room: Callable[[Part], Tensor]
-        if codes is not None and codes.dtype == sample_mass.dtype:
-            room = codes.__getitem__
-            self.keeps_entries = True
-        else:
+        self.memory = memory
+        self.keeps_entries = codes is not None and codes.dtype == sample_mass.dtype
+        if not self.keeps_entries:
             self.keeps_entries = len(parts) == 1 and memory is None
             if memory is None:
                 samples = max([0, *[sample_mass[part].numel() for part in parts]])
-                memory = empty((samples * num_prototypes,), sample_mass.dtype, sample_mass)
-
-            def room(part: Part) -> Tensor:
-                shape = (*sample_mass[part].shape, num_prototypes)
-                if torch.compiler.is_compiling():  # does not see that parts would share memory
-                    return sample_mass.new_empty(shape)
-                return memory[: math.prod(shape)].view(shape)
-
+                self.memory = empty((samples * num_prototypes,), sample_mass.dtype, sample_mass)
         self.holds_p = False
-        self.blocks = [
-            Block(
-                part,
-                room(part),
-                sample_mass[part],
-                self.flaw[part],
-                None if self.absence is None else self.absence[part],
-            )
-            for part in parts
-        ]
+        self.blocks = [self.block(part) for part in parts]
+
+    def block(self, part: Part) -> Block:
+        """Return a part of the problem; to :meth:`codes_of` also one that no part is the same as.
+
+        That must have its place in the memory of the codes, or none of the parts keeps its P.
+        """
+        return Block(
+            part,
+            self._room(part),
+            self.sample_mass[part],
+            self.flaw[part],
+            None if self.absence is None else self.absence[part],
+        )
+
+    def _room(self, part: Part) -> Tensor:
+        """Return memory for the entries of a part."""
+        if self.all_codes is not None and self.all_codes.dtype == self.sample_mass.dtype:
+            return self.all_codes[part]
+        shape = (*self.sample_mass[part].shape, self.shape[-1])
+        if torch.compiler.is_compiling():  # does not see that parts would share memory
+            return self.sample_mass.new_empty(shape)
+        assert self.memory is not None
+        return self.memory[: math.prod(shape)].view(shape)
 
     def largest_exponents(self) -> Tensor:
         """Return the largest S/ε (..., K) of each prototype among the samples that count.

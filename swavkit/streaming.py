@@ -19,19 +19,24 @@ with Z the features, C the prototypes and a block some samples of all views::
 The backward pass only scales both gradients. Each formula stands where it stands for whole
 matrices: P and u in ``_plan.py`` and ``sinkhorn.py``, errors and residuals in
 ``swapped_prediction.py``.
+
+Products are made for many samples at a time, since each reads all prototypes; what follows them, on
+a CPU, for as few as stay in the cache. Where the caller has memory for the code views alone, P is
+kept, and not computed again in each iteration.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from swavkit._iterations import find_u
-from swavkit._memory import empty
-from swavkit._plan import Plan
+from swavkit._memory import empty, on_cpu
+from swavkit._plan import Part, Plan
 from swavkit._precision import at_least_float32, autocast_disabled, product_dtype
 from swavkit.marginals import masses
 from swavkit.sinkhorn import one_hot
@@ -51,6 +56,11 @@ _ENTRIES_OF_A_BLOCK = 2**21
 _FEATURES_OF_A_BLOCK = 256
 _MOST_ENTRIES_OF_A_BLOCK = 2**26
 
+# Of a block, those of the code views that the caches of a CPU keep from one operation to the next.
+_ENTRIES_OF_A_PART = 2**21
+
+Block = tuple[slice, list[slice]]  # some samples, and the same ones in parts
+
 
 def streamed_losses(
     factors: Sequence[tuple[Tensor, Tensor]],
@@ -67,6 +77,7 @@ def streamed_losses(
     hard: bool,
     group: ProcessGroup | None,
     rider: Tensor | None,
+    most_bytes_of_p: int,
 ) -> list[Tensor]:
     """Return the loss with each of several heads, without their scores.
 
@@ -85,6 +96,7 @@ def streamed_losses(
         hard: See there.
         group: The processes that share the batch for codes.
         rider: A small tensor to be summed over them along with the masses, in place; or ``None``.
+        most_bytes_of_p: P of all heads is kept if it takes no more than that.
 
     Returns:
         The losses, scalars in float32, or float64 for float64 features.
@@ -103,7 +115,7 @@ def streamed_losses(
                     num_code_views,
                 )
             )
-        _share_memory(of_heads)
+        _find_memory(of_heads, most_bytes_of_p)
         plans = [scores.plan(code_weight, epsilon) for scores in of_heads]
         equal = [None] * len(plans)
         find_u(plans, equal, iterations, relaxation, tolerance, group, rider)
@@ -133,36 +145,71 @@ class _Scores:
         self.features, self.directions = features, directions
         self.dtype = at_least_float32(features.dtype)  # of all other arithmetic
         self.of_codes = features[:num_code_views]
-        self.blocks = self._blocks(0, features.shape[1])  # of the features
-        others = []
         if recent is not None:
             self.of_codes = torch.cat([self.of_codes, recent], dim=1)
-            others = self._blocks(features.shape[1], self.of_codes.shape[1])
-        self.parts = [(slice(None), rows) for rows in self.blocks + others]
-        self.most_rows = max([0, *[rows.stop - rows.start for rows in self.blocks + others]])
+        views, samples, _ = features.shape
+        self.blocks = self._blocks(views, 0, samples)
+        self.code_blocks = self._blocks(num_code_views, 0, samples)
+        self.code_blocks += self._blocks(num_code_views, samples, self.of_codes.shape[1])
+        self.first_parts = {rows.start: rows for rows, _ in self.code_blocks}
+        self.present = features[:0, :0], 0  # scores of some samples of the code views, and of which
         self.memory: Tensor | None = None  # for the scores of a block
-        self.memory_of_p: Tensor | None = None
+        self.memory_of_p: Tensor | None = None  # for that of a part, flat
+        self.all_p: Tensor | None = None
 
-    def _blocks(self, first: int, last: int) -> list[slice]:
-        """Return the samples from ``first`` up to ``last`` in blocks."""
-        views, prototypes = len(self.features), len(self.directions)
+    def _blocks(self, views: int, first: int, last: int) -> list[Block]:
+        """Return the samples from ``first`` up to ``last``, of so many views, in blocks."""
+        prototypes = len(self.directions)
         entries = max(_ENTRIES_OF_A_BLOCK, _FEATURES_OF_A_BLOCK * prototypes)
         rows = max(min(entries, _MOST_ENTRIES_OF_A_BLOCK) // (views * prototypes), 1)
-        return [slice(start, min(start + rows, last)) for start in range(first, last, rows)]
+        part = rows
+        if on_cpu(self.features):
+            part = _ENTRIES_OF_A_PART // (len(self.of_codes) * prototypes)
+            # A softmax is spread over threads by its rows.
+            part = min(max(part, torch.get_num_threads()), rows)
+            rows -= rows % part
+        return [(rows, _slices(rows.start, rows.stop, part)) for rows in _slices(first, last, rows)]
+
+    @property
+    def parts(self) -> list[slice]:
+        """The samples of the code views, a part at a time."""
+        return [part for _, parts in self.code_blocks for part in parts]
+
+    def bytes_of_blocks(self) -> tuple[int, int]:
+        """Return what the scores of any block take at most, and P of any part."""
+        views, code_views = len(self.features), len(self.of_codes)
+        blocks, code_blocks = ([rows for rows, _ in of] for of in (self.blocks, self.code_blocks))
+        most = max(views * _most(blocks), code_views * _most(code_blocks))
+        part = _most([part for _, parts in self.blocks + self.code_blocks for part in parts])
+        return (
+            most * len(self.directions) * self.features.dtype.itemsize,
+            code_views * part * len(self.directions) * self.dtype.itemsize * (self.all_p is None),
+        )
 
     def plan(self, weight: Tensor | None, epsilon: float) -> Plan:
         """Return a new plan of the code views, with equal masses of prototypes."""
         shape = self.of_codes.shape[:-1]
         return Plan(
-            lambda part: self.of(self.of_codes[part]),
-            self.parts,
+            self._of_part,
+            [(slice(None), rows) for rows in self.parts],
             masses(weight, shape, self.features.device, self.dtype),
             len(self.directions),
             weighted=weight is not None,
             graded=weight is not None and weight.is_floating_point(),
             epsilon=epsilon,
+            codes=self.all_p,
             memory=self.memory_of_p,
         )
+
+    def _of_part(self, part: Part) -> Tensor:
+        """Return the scores of a part of the code views; the parts must be asked for in order."""
+        rows = part[-1]
+        assert isinstance(rows, slice)
+        if rows.start in self.first_parts:
+            block = self.first_parts[rows.start]
+            self.present = self.of(self.of_codes[:, block]), block.start
+        scores, first = self.present
+        return scores[:, rows.start - first : rows.stop - first]
 
     def of(self, features: Tensor) -> Tensor:
         """Return the scores of some (..., b, D), in memory that the next ones overwrite."""
@@ -172,29 +219,38 @@ class _Scores:
         return scores.view(*features.shape[:-1], len(self.directions))
 
 
-def _share_memory(of_heads: Sequence[_Scores]) -> None:
-    """Give all heads the same memory for the scores of a block and for its P.
+def _find_memory(of_heads: Sequence[_Scores], most_bytes_of_p: int) -> None:
+    """Find memory for P of each head, if there may be as much; and for blocks, which heads share.
 
-    No block of one is needed any more when that of another is computed. A plan of one block alone
-    is an exception: it keeps its P, and finds memory for it.
+    No block of one head is needed any more when that of another is computed.
     """
-    if torch.compiler.is_compiling():  # which finds memory for everything itself
+    like = of_heads[0].features
+    shapes = [(*head.of_codes.shape[:-1], len(head.directions)) for head in of_heads]
+    sizes = [
+        prod(shape) * head.dtype.itemsize for head, shape in zip(of_heads, shapes, strict=True)
+    ]
+    fits = sum(sizes) <= most_bytes_of_p or sum(map(prod, shapes)) <= _ENTRIES_OF_A_BLOCK
+    for head, shape in zip(of_heads, shapes, strict=True):
+        if fits or len(head.parts) == 1:
+            head.all_p = empty(shape, head.dtype, like)
+    if torch.compiler.is_compiling():  # which finds memory for blocks itself
         return
-    blocks = [head.most_rows * len(head.directions) for head in of_heads]
-    of_scores = [
-        entries * len(head.features) * head.features.dtype.itemsize
-        for head, entries in zip(of_heads, blocks, strict=True)
-    ]
-    of_p = [
-        entries * len(head.of_codes) * head.dtype.itemsize * (len(head.parts) > 1)
-        for head, entries in zip(of_heads, blocks, strict=True)
-    ]
-    memory = empty((max(of_scores),), torch.uint8, of_heads[0].features)
-    memory_of_p = empty((max(of_p),), torch.uint8, of_heads[0].features)
-    for head, scores, p in zip(of_heads, of_scores, of_p, strict=True):
-        part = memory[:scores].view(head.features.dtype)
-        head.memory = part.view(-1, len(head.directions))
-        head.memory_of_p = memory_of_p[:p].view(head.dtype) if p else None
+    of_scores, of_p = (
+        empty((max(sizes),), torch.uint8, like)
+        for sizes in zip(*(head.bytes_of_blocks() for head in of_heads), strict=True)
+    )
+    for head in of_heads:
+        scores, p = head.bytes_of_blocks()
+        head.memory = of_scores[:scores].view(head.features.dtype).view(-1, len(head.directions))
+        head.memory_of_p = of_p[:p].view(head.dtype)
+
+
+def _most(slices: Sequence[slice]) -> int:
+    return max((rows.stop - rows.start for rows in slices), default=0)
+
+
+def _slices(first: int, last: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, last)) for start in range(first, last, size)]
 
 
 def _loss(
@@ -216,18 +272,21 @@ def _loss(
     of_directions = share.new_zeros(directions.shape if with_gradients else (0,))
     factor = -1 / (temperature * len(scores.of_codes) * (views - 1) * scale)
     loss = share.new_zeros(())
-    for rows, block in zip(scores.blocks, plan.blocks, strict=False):
+    for rows, parts in scores.blocks:
         of_block = scores.of(features[:, rows])  # (V, b, K)
-        codes = plan.codes_of(block, of_block[: len(scores.of_codes)])
-        codes = one_hot(codes) if hard else codes
-        errors = errors_of_samples(
-            list(of_block),
-            list(codes),
-            temperature,
-            None if sample_weight is None else sample_weight[rows],
-            list(of_block) if with_gradients else None,
-        )
-        loss += (share[rows] * errors).sum()
+        for part in parts:
+            of_part = of_block[:, part.start - rows.start : part.stop - rows.start]
+            block = plan.block((slice(None), part))
+            codes = plan.codes_of(block, of_part[: len(scores.of_codes)])
+            codes = one_hot(codes) if hard else codes
+            errors = errors_of_samples(
+                list(of_part),
+                list(codes),
+                temperature,
+                None if sample_weight is None else sample_weight[part],
+                list(of_part) if with_gradients else None,
+            )
+            loss += (share[part] * errors).sum()
         if with_gradients:
             residual = of_block.flatten(0, 1).to(dtype)  # (V·b, K)
             weighted = features[:, rows] * share[rows].unsqueeze(-1)

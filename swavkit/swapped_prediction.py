@@ -310,7 +310,8 @@ def _blocks(scores: Tensor) -> Iterator[slice]:
     if scores.device.type != "cpu" or torch.compiler.is_compiling():
         yield slice(None)
         return
-    rows = max(_ENTRIES_OF_A_BLOCK // prototypes, 1)
+    # A softmax is spread over threads by its rows.
+    rows = max(_ENTRIES_OF_A_BLOCK // prototypes, torch.get_num_threads())
     for first in range(0, samples, rows):
         yield slice(first, first + rows)
 

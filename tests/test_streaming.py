@@ -775,7 +775,11 @@ def test_sizes_of_one_and_what_nothing_divides(sizes: tuple[int, ...]) -> None:
 def test_a_block_is_of_one_sample_at_least_and_of_a_limited_size() -> None:
     streamed, full = streamed_and_full(sizes=50)
     features = features_of(4, 9)
-    patches = {"_FEATURES_OF_A_BLOCK": 10**6, "_MOST_ENTRIES_OF_A_BLOCK": 1}
+    patches = {
+        "_ENTRIES_OF_A_BLOCK": 1,
+        "_FEATURES_OF_A_BLOCK": 10**6,
+        "_MOST_ENTRIES_OF_A_BLOCK": 1,
+    }
     with patch.multiple(streaming, **patches), LargestTensor(torch.float64) as mode:
         found = results(streamed, features)
     assert mode.numel == max(4 * 50, 50 * DIMENSION, features.numel())
