@@ -16,8 +16,8 @@ from swavkit.sinkhorn import SinkhornKnopp
 from swavkit.streaming import streamed_losses
 from swavkit.swapped_prediction import SwappedPredictionLoss, loss_of_factors
 
-# Unless told otherwise, this much memory may be spent so as not to compute scores again: those of all
-# views, and codes; or where that is too little, those that the codes are made from.
+# Unless told otherwise, this much memory may be spent so as not to compute scores again: those of
+# all views, and codes; or where that is too little, P of the code views.
 _BYTES_OF_FULL_MEMORY = 2**30
 
 

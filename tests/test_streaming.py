@@ -572,8 +572,8 @@ def test_heads_share_the_memory_of_a_block(asked_for: list[int], dtype: torch.dt
         with blocks_of(6):  # 2 samples of 3 views
             SwAVLoss(DIMENSION, sizes, memory="streamed").to(dtype)(features_of(dtype=dtype))
         needed[sizes] = sum(asked_for)
-    # 2 samples' scores of all 3 views, and P of 2.
-    assert needed[40] == 2 * (3 + 2) * 40 * dtype.itemsize
+    # 6 scores, of 2 samples' 3 views or of 3 samples' code views, and P of the latter.
+    assert needed[40] == (6 + 6) * 40 * dtype.itemsize
     assert needed[5, 40, 11] == needed[40]
     asked_for.clear()  # a P that is one block stays where it is
     SwAVLoss(DIMENSION, (5, 40, 11), memory="streamed").to(dtype)(features_of(dtype=dtype))
