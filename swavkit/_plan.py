@@ -219,7 +219,7 @@ class Plan:
     ) -> Tensor:
         """Combine what the blocks give, (..., K)."""
         if len(self.blocks) == 1:
-            return of_block(self.blocks[0])
+            return of_block(self.blocks[0]).view(self.shape)
         result = self.sample_mass.new_full(self.shape, neutral)
         for block in self.blocks:
             of_part = _of(result, block)

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 # the prototypes does; so it has more scores, up to a limit, where that gives it so many features.
 _ENTRIES_OF_A_BLOCK = 2**21
 _FEATURES_OF_A_BLOCK = 256
-_MOST_ENTRIES_OF_A_BLOCK = 2**26
+_MOST_ENTRIES_OF_A_BLOCK = 3 * 2**24
 
 # Of a block, those of the code views that the caches of a CPU keep from one operation to the next.
 _ENTRIES_OF_A_PART = 2**21
@@ -189,9 +189,11 @@ class _Scores:
     def plan(self, weight: Tensor | None, epsilon: float) -> Plan:
         """Return a new plan of the code views, with equal masses of prototypes."""
         shape = self.of_codes.shape[:-1]
+        # Where all of P is kept, that of several views is not in one piece.
+        views = [slice(None)] if self.all_p is None else range(len(self.of_codes))
         return Plan(
             self._of_part,
-            [(slice(None), rows) for rows in self.parts],
+            [(view, rows) for rows in self.parts for view in views],
             masses(weight, shape, self.features.device, self.dtype),
             len(self.directions),
             weighted=weight is not None,
@@ -203,13 +205,13 @@ class _Scores:
 
     def _of_part(self, part: Part) -> Tensor:
         """Return the scores of a part of the code views; the parts must be asked for in order."""
-        rows = part[-1]
+        view, rows = part
         assert isinstance(rows, slice)
-        if rows.start in self.first_parts:
+        if rows.start in self.first_parts and view in (0, slice(None)):
             block = self.first_parts[rows.start]
             self.present = self.of(self.of_codes[:, block]), block.start
         scores, first = self.present
-        return scores[:, rows.start - first : rows.stop - first]
+        return scores[view, rows.start - first : rows.stop - first]
 
     def of(self, features: Tensor) -> Tensor:
         """Return the scores of some (..., b, D), in memory that the next ones overwrite."""
