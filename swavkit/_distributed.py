@@ -127,8 +127,10 @@ def in_one_collective(
             widest of their dtypes and come back in their own.
         group: The processes.
     """
-    if group is None or len(several) == 1:
-        return [reduction(values, group) for values in several]
+    if len(several) == 1:
+        return [reduction(several[0], group)]
+    if group is None:
+        return [reduction(values, None) for values in several]
     together = reduction(torch.cat([values.flatten() for values in several]), group)
     parts = torch.split(together, [values.numel() for values in several], dim=-1)
     return [

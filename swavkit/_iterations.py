@@ -48,7 +48,10 @@ def find_u(
         rider: A small tensor that is summed over them in a collective that is made anyway, in
             place.
     """
-    if relaxation == math.inf:
+    if group is None and len(plans) > 1:  # nothing to send: each while its P is in the caches
+        for plan, mass in zip(plans, prototype_masses, strict=True):
+            find_u([plan], [mass], iterations, relaxation, tolerance, None)
+    elif relaxation == math.inf:
         _iterate(plans, prototype_masses, iterations, tolerance, group, rider)
     else:
         _iterate_relaxed(plans, prototype_masses, iterations, relaxation, group, rider)

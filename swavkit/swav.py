@@ -51,7 +51,8 @@ class SwAVLoss(nn.Module):
     Args:
         feature_dim: D, the number of features.
         num_prototypes: K, the number of prototypes; or a sequence of numbers for as many heads,
-            each with prototypes and codes of its own: the loss is the mean over heads.
+            each with prototypes and codes of its own: the loss is the mean over heads. Over
+            processes they go in step, with as many collectives as one.
         num_code_views: A, how many of the views, the first ones, give codes.
         temperature: The softmax temperature τ of the predictions.
         epsilon: The entropy temperature ε of the codes.
@@ -64,8 +65,8 @@ class SwAVLoss(nn.Module):
             them, and so can SGD with momentum and a decay of several per cent a step.
         memory: ``"full"`` holds the scores of all views; ``"streamed"`` computes them again block
             by block, with the same result, and holds none; ``"auto"`` streams where scores and
-            codes would take more than 1 GiB. Details, validated codes, and a part that is
-            replaced or has hooks need ``"full"`` or ``"auto"``.
+            codes of all heads would take more than 1 GiB. Details, validated codes, and a part
+            that is replaced or has hooks need ``"full"`` or ``"auto"``.
         reduction: ``"mean"``: over the samples of this process. ``"global_mean"``, for batches of
             different sizes: scaled so that the mean over processes, which DDP makes of gradients,
             is the mean over all samples of those that share codes. Where a call does not

@@ -417,6 +417,12 @@ def test_what_is_sent_does_not_grow_with_k(ranks: Ranks, prototypes: int) -> Non
         assert backward == [samples // 3 * 3, VIEWS * samples * FEATURES]
 
 
+def test_each_further_head_sends_as_much_again_but_for_the_features(ranks: Ranks) -> None:
+    arguments = [{"num_prototypes": (11, 5, 7), "queue_length": 4}] * 3
+    for forward, backward in ranks.run(collectives_of_a_step, arguments):
+        assert len(forward) + len(backward) == 13 + 2 * 7
+
+
 def layer_of_both(rank: int, features: np.ndarray) -> dict[str, Any]:
     plain, sharded = (heads(criterion)[0] for criterion in criteria())
     given_features = torch.tensor(features, dtype=torch.float64)
