@@ -35,12 +35,24 @@ DIMENSION, PROTOTYPES = 6, 5
 
 
 @contextmanager
-def blocks_of(rows: int) -> Iterator[None]:
+def blocks_of(rows: int, entries_of_a_part: int = 10**6) -> Iterator[None]:
     """Let a block hold so many rows: of each view's samples the quotient with V, but at least 1."""
     with (
         patch.object(streaming, "_ENTRIES_OF_A_BLOCK", 1),
         patch.object(streaming, "_FEATURES_OF_A_BLOCK", rows),
+        patch.object(streaming, "_ENTRIES_OF_A_PART", entries_of_a_part),
     ):
+        yield
+
+
+@contextmanager
+def memory_for_p(criterion: SwAVLoss, samples: int) -> Iterator[None]:
+    """Let ``"auto"`` have memory for P of the code views, and no more."""
+    prototypes = sum(head.num_prototypes for head in criterion.prototypes)
+    queued = criterion.queue.length if criterion.queue else 0
+    dtype = torch.promote_types(next(criterion.parameters()).dtype, torch.float32)
+    size = criterion.num_code_views * (samples + queued) * prototypes * dtype.itemsize
+    with patch.object(_heads, "_BYTES_OF_FULL_MEMORY", size):
         yield
 
 
@@ -97,6 +109,8 @@ class Problem:
     tolerance: float | None
     hard: bool
     rows: int
+    entries_of_a_part: int
+    keeps_p: bool
     seed: int
 
     def criterion(self) -> SwAVLoss:
@@ -110,13 +124,21 @@ class Problem:
             queue_length=self.queue_length,
             queue_start=self.queue_start,
             freeze_steps=self.freeze_steps,
-            memory="streamed",
+            memory="auto" if self.keeps_p else "streamed",
             prototype_gradient=self.gradient,
         )
         criterion.sinkhorn.relaxation = self.relaxation
         criterion.sinkhorn.tolerance = self.tolerance
         criterion.sinkhorn.hard = self.hard
         return criterion
+
+    def number_of_parts(self, prototypes: int) -> int:
+        """Return in how many parts the samples are taken with so many prototypes."""
+        rows = max(self.rows // self.views, 1)
+        part = min(max(self.entries_of_a_part // (self.code_views * prototypes), 1), rows)
+        rows -= rows % part
+        blocks = [min(rows, self.samples - first) for first in range(0, self.samples, rows)]
+        return sum(math.ceil(block / part) for block in blocks)
 
 
 @st.composite
@@ -144,7 +166,9 @@ def problems(draw: st.DrawFn, low: bool, discrete: bool) -> Problem:
         relaxation=relaxation,
         tolerance=tolerance,
         hard=discrete and draw(st.booleans()),
-        rows=draw(st.integers(1, 12)),
+        rows=draw(st.integers(1, 24)),
+        entries_of_a_part=draw(st.sampled_from([1, 12, 30, 10**6])),
+        keeps_p=draw(st.booleans()),
         seed=draw(seeds),
     )
 
@@ -310,7 +334,13 @@ def test_it_is_the_full_loss_and_that_of_the_equations(precision: Precision) -> 
                 weight = given_weight.double().numpy()
             exact = features.double().clone().numpy()
             features[problem.views // 2 :, weight == 0] = torch.nan
-            with blocks_of(problem.rows), precision.context(), codes_seen() as blocks:
+            memory = memory_for_p(streamed, problem.samples) if problem.keeps_p else nullcontext()
+            with (
+                blocks_of(problem.rows, problem.entries_of_a_part),
+                memory,
+                precision.context(),
+                codes_seen() as blocks,
+            ):
                 found = results(streamed, features, sample_weight=given_weight)
             with precision.context():
                 of_full = results(full, features, sample_weight=given_weight)
@@ -321,11 +351,13 @@ def test_it_is_the_full_loss_and_that_of_the_equations(precision: Precision) -> 
             assert_close(found, of_full, atol=atol)
             for each, reference in zip(found, expected, strict=True):
                 np.testing.assert_allclose(each.double(), reference, rtol=0, atol=atol)
-            samples_of_a_block = max(problem.rows // problem.views, 1)
-            count = math.ceil(problem.samples / samples_of_a_block)
-            assert len(blocks) == count * len(codes)
-            for head, of_head in enumerate(codes if count else []):
-                whole = np.concatenate(blocks[head * count : (head + 1) * count], axis=1)
+            counts = [problem.number_of_parts(prototypes) for prototypes in problem.sizes]
+            assert len(blocks) == sum(counts)
+            for count, of_head in zip(counts, codes, strict=True):
+                if count == 0:
+                    continue
+                whole = np.concatenate(blocks[:count], axis=1)
+                del blocks[:count]
                 present = weight > 0
                 np.testing.assert_allclose(
                     whole[:, present], of_head[:, present], rtol=0, atol=atol
