@@ -65,8 +65,9 @@ class SwAVLoss(nn.Module):
             them, and so can SGD with momentum and a decay of several per cent a step.
         memory: ``"full"`` holds the scores of all views; ``"streamed"`` computes them again block
             by block, with the same result, and holds none; ``"auto"`` streams where scores and
-            codes of all heads would take more than 1 GiB. Details, validated codes, and a part
-            that is replaced or has hooks need ``"full"`` or ``"auto"``.
+            codes of all heads would take more than 1 GiB, and then holds what codes are made
+            from if that takes no more. Details, validated codes, and a part that is replaced or
+            has hooks need ``"full"`` or ``"auto"``.
         reduction: ``"mean"``: over the samples of this process. ``"global_mean"``, for batches of
             different sizes: scaled so that the mean over processes, which DDP makes of gradients,
             is the mean over all samples of those that share codes. Where a call does not

@@ -496,6 +496,28 @@ def test_auto_counts_the_scores_of_the_queue(
         assert bool(calls) == streams
 
 
+@pytest.mark.parametrize(("bytes_missing", "products"), [(0, 3 + 4), (1, 4 * 3 + 4)])
+def test_auto_computes_no_score_of_the_codes_again_where_p_fits(
+    monkeypatch: pytest.MonkeyPatch, bytes_missing: int, products: int
+) -> None:
+    """Or else in each iteration, and before the first."""
+    criterion = SwAVLoss(DIMENSION, [PROTOTYPES])
+    made = []
+    original = streaming._Scores.of
+
+    def spy(scores: Any, features: Tensor) -> Tensor:
+        made.append(features)
+        return original(scores, features)
+
+    monkeypatch.setattr(streaming._Scores, "of", spy)
+    with memory_for_p(criterion, samples=8), blocks_of(6):  # 3 samples' code views, 2 of all views
+        monkeypatch.setattr(
+            _heads, "_BYTES_OF_FULL_MEMORY", _heads._BYTES_OF_FULL_MEMORY - bytes_missing
+        )
+        criterion(features_of(dtype=torch.float32))
+    assert len(made) == products
+
+
 def test_by_default_a_small_loss_is_full_and_a_large_one_streamed(calls: list[Tensor]) -> None:
     with torch.device("meta"):
         for prototypes, streams in [(3_000, False), (1_000_000, True)]:
