@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from swavkit._distributed import gather_over_ranks, max_over_ranks, rank_and_size, sum_over_ranks
+from swavkit._known_gradients import LossOfFactors
 from swavkit._plan import _SCALINGS_OF_ONE_P, _over_prototypes, _over_samples
 from swavkit._precision import at_least_float32, autocast_disabled
-from swavkit.swapped_prediction import _LossOfFactors
 
 if TYPE_CHECKING:
     from swavkit._distributed import ProcessGroup
@@ -218,7 +218,7 @@ def sharded_losses(
         directions.register_hook(  # type: ignore[no-untyped-call]
             lambda gradient: gradient / processes
         )
-    attached: Tensor = _LossOfFactors.apply(  # type: ignore[no-untyped-call]
+    attached: Tensor = LossOfFactors.apply(  # type: ignore[no-untyped-call]
         losses, share / temperature, residual, features, directions
     )
     return attached

@@ -29,12 +29,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from swavkit._iterations import find_u
+from swavkit._known_gradients import LossWithGradients
 from swavkit._memory import empty, on_cpu
 from swavkit._plan import Part, Plan
 from swavkit._precision import at_least_float32, autocast_disabled, product_dtype
@@ -42,7 +43,6 @@ from swavkit.marginals import masses
 from swavkit.sinkhorn import one_hot
 from swavkit.swapped_prediction import (
     errors_of_samples,
-    refuse_second_derivative,
     residual_scale,
     shares,
 )
@@ -102,7 +102,7 @@ def streamed_losses(
         The losses, scalars in float32, or float64 for float64 features.
     """
     tracked = torch.is_grad_enabled()
-    wanted = [tracked and any(part.requires_grad for part in pair) for pair in factors]
+    wanted = [tuple(tracked and part.requires_grad for part in pair) for pair in factors]
     with torch.no_grad(), autocast_disabled(factors[0][0].device):
         of_heads = []
         for features, directions in factors:
@@ -120,12 +120,12 @@ def streamed_losses(
         equal = [None] * len(plans)
         find_u(plans, equal, iterations, relaxation, tolerance, group, rider)
         parts = [
-            _loss(scores, plan, sample_weight, temperature, hard, with_gradients)
-            for scores, plan, with_gradients in zip(of_heads, plans, wanted, strict=True)
+            _loss(scores, plan, sample_weight, temperature, hard, *of_head)
+            for scores, plan, of_head in zip(of_heads, plans, wanted, strict=True)
         ]
     return [
-        _Attached.apply(loss, *gradients, *pair) if with_gradients else loss  # type: ignore[no-untyped-call]
-        for pair, (loss, gradients), with_gradients in zip(factors, parts, wanted, strict=True)
+        LossWithGradients.apply(loss, *gradients, *pair) if any(of_head) else loss  # type: ignore[no-untyped-call]
+        for pair, (loss, gradients), of_head in zip(factors, parts, wanted, strict=True)
     ]
 
 
@@ -261,17 +261,18 @@ def _loss(
     sample_weight: Tensor | None,
     temperature: float,
     hard: bool,
-    with_gradients: bool,
+    to_features: bool,
+    to_directions: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Return the loss, and its gradients for features and directions, if they are asked for."""
+    """Return the loss, and its gradients for features and directions where they are asked for."""
     features, directions = scores.features, scores.directions
     views = len(features)
     share = shares(sample_weight, features[0])
     scale = residual_scale(features.dtype)
     # In float16 the product of a feature and its share could underflow.
     dtype = torch.float32 if features.dtype == torch.float16 else features.dtype
-    of_features = share.new_zeros(features.shape if with_gradients else (0,))
-    of_directions = share.new_zeros(directions.shape if with_gradients else (0,))
+    of_features = share.new_zeros(features.shape if to_features else (0,))
+    of_directions = share.new_zeros(directions.shape if to_directions else (0,))
     factor = -1 / (temperature * len(scores.of_codes) * (views - 1) * scale)
     loss = share.new_zeros(())
     for rows, parts in scores.blocks:
@@ -286,51 +287,21 @@ def _loss(
                 list(codes),
                 temperature,
                 None if sample_weight is None else sample_weight[part],
-                list(of_part) if with_gradients else None,
+                list(of_part) if to_features or to_directions else None,
             )
             loss += (share[part] * errors).sum()
-        if with_gradients:
+        if to_features:
             residual = of_block.flatten(0, 1).to(dtype)  # (V·b, K)
-            weighted = features[:, rows] * share[rows].unsqueeze(-1)
             products = (residual @ directions.to(dtype)).view(
                 of_block.shape[:2] + features.shape[-1:]
             )
             of_features[:, rows] = products * (factor * share[rows]).unsqueeze(-1)
-            weighted = weighted.flatten(0, 1).to(dtype)
+        if to_directions:
+            residual = of_block.flatten(0, 1).to(dtype)
+            weighted = (features[:, rows] * share[rows].unsqueeze(-1)).flatten(0, 1).to(dtype)
             if dtype == of_directions.dtype:
                 of_directions.addmm_(residual.T, weighted)
             else:
                 of_directions += residual.T @ weighted
     of_directions *= factor
     return loss / (len(scores.of_codes) * (views - 1)), (of_features, of_directions)
-
-
-class _Attached(torch.autograd.Function):
-    """A loss that is known together with its gradients."""
-
-    @staticmethod
-    def forward(
-        loss: Tensor,
-        of_features: Tensor,
-        of_directions: Tensor,
-        features: Tensor,
-        directions: Tensor,
-    ) -> Tensor:
-        return loss.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        _, *gradients, features, directions = inputs
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = features.dtype, directions.dtype
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
-        gradients = [
-            (saved * gradient).to(dtype) if wants else None
-            for saved, dtype, wants in zip(
-                ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[-2:], strict=True
-            )
-        ]
-        return None, None, None, *gradients

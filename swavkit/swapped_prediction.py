@@ -24,12 +24,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from swavkit import _checks
+from swavkit._known_gradients import LossOfFactors, LossOfScores
 from swavkit._precision import at_least_float32, autocast_disabled
 
 __all__ = ["SwappedPredictionLoss", "swapped_prediction_loss"]
@@ -98,7 +98,7 @@ def swapped_prediction_loss(
     loss, factor = _loss_and_factor(
         list(residuals[0]) if isinstance(scores, Tensor) else residuals, *terms
     )
-    attached: Tensor = _LossOfScores.apply(  # type: ignore[no-untyped-call]
+    attached: Tensor = LossOfScores.apply(  # type: ignore[no-untyped-call]
         loss, factor, *residuals, *given
     )
     return attached
@@ -177,7 +177,7 @@ def loss_of_factors(
     if residual is None:
         residual = torch.empty_like(scores)
     loss, factor = _loss_and_factor(list(residual), *terms)
-    attached: Tensor = _LossOfFactors.apply(  # type: ignore[no-untyped-call]
+    attached: Tensor = LossOfFactors.apply(  # type: ignore[no-untyped-call]
         loss, factor, residual, features, directions
     )
     return attached
@@ -314,71 +314,6 @@ def _blocks(scores: Tensor) -> Iterator[slice]:
     rows = max(_ENTRIES_OF_A_BLOCK // prototypes, torch.get_num_threads())
     for first in range(0, samples, rows):
         yield slice(first, first + rows)
-
-
-class _LossOfScores(torch.autograd.Function):
-    """A loss that is known together with its gradient: the scores get residual · factor."""
-
-    @staticmethod
-    def forward(loss: Tensor, factor: Tensor, *residuals_and_scores: Tensor) -> Tensor:
-        return loss.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        _, factor, *others = inputs
-        ctx.save_for_backward(factor, *others[: len(others) // 2])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
-        factor, *residuals = ctx.saved_tensors
-        factor = factor * gradient
-        wanted = ctx.needs_input_grad[-len(residuals) :]
-        # In the dtype of factor, but for what is written.
-        gradients = [
-            torch.mul(residual, factor, out=torch.empty_like(residual)) if wants else None
-            for residual, wants in zip(residuals, wanted, strict=True)
-        ]
-        return (None, None, *[None] * len(residuals), *gradients)
-
-
-class _LossOfFactors(torch.autograd.Function):
-    """A loss that is known together with its gradient, passed on to the factors of the scores."""
-
-    @staticmethod
-    def forward(
-        loss: Tensor, factor: Tensor, residual: Tensor, features: Tensor, directions: Tensor
-    ) -> Tensor:
-        return loss.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
-        factor, residual, features, directions = ctx.saved_tensors
-        factor = factor * gradient
-        to_features = to_directions = None
-        with autocast_disabled(residual.device):
-            if ctx.needs_input_grad[3]:
-                products = residual @ directions.to(residual.dtype)  # (V, B, D)
-                to_features = (products * factor).to(features.dtype)
-            if ctx.needs_input_grad[4]:
-                scaled = (features * factor).to(residual.dtype)
-                products = residual.flatten(0, 1).T @ scaled.flatten(0, 1)  # (K, D)
-                to_directions = products.to(directions.dtype)
-        return None, None, None, to_features, to_directions
-
-
-def refuse_second_derivative() -> None:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "the swapped prediction loss has no second derivative: its gradient is computed along "
-            "with its value, and is a constant from then on; expected a backward pass without "
-            "create_graph=True"
-        )
 
 
 def _check_pairing(scores: list[Tensor], codes: list[Tensor]) -> None:

@@ -89,7 +89,6 @@ def test_components_know_no_other_but_groups_a_default_step_and_masses() -> None
         ("crop_group", "photometric"),
         ("sinkhorn", "marginals"),
         ("checkpoints", "feature_queue"),
-        ("sharded", "swapped_prediction"),
         ("sharded_prototypes", "prototypes"),
         ("sharded_prototypes", "sharded"),
         ("sharded_prototypes", "sinkhorn"),

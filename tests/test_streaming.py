@@ -46,13 +46,13 @@ def blocks_of(rows: int, entries_of_a_part: int = 10**6) -> Iterator[None]:
 
 
 @contextmanager
-def memory_for_p(criterion: SwAVLoss, samples: int) -> Iterator[None]:
-    """Let ``"auto"`` have memory for P of the code views, and no more."""
+def memory_for_p(criterion: SwAVLoss, samples: int, missing: int = 0) -> Iterator[None]:
+    """Let ``"auto"`` have memory for P of the code views, less so many bytes, and no more."""
     prototypes = sum(head.num_prototypes for head in criterion.prototypes)
     queued = criterion.queue.length if criterion.queue else 0
     dtype = torch.promote_types(next(criterion.parameters()).dtype, torch.float32)
     size = criterion.num_code_views * (samples + queued) * prototypes * dtype.itemsize
-    with patch.object(_heads, "_BYTES_OF_FULL_MEMORY", size):
+    with patch.object(_heads, "_BYTES_OF_FULL_MEMORY", size - missing):
         yield
 
 
@@ -510,10 +510,8 @@ def test_auto_computes_no_score_of_the_codes_again_where_p_fits(
         return original(scores, features)
 
     monkeypatch.setattr(streaming._Scores, "of", spy)
-    with memory_for_p(criterion, samples=8), blocks_of(6):  # 3 samples' code views, 2 of all views
-        monkeypatch.setattr(
-            _heads, "_BYTES_OF_FULL_MEMORY", _heads._BYTES_OF_FULL_MEMORY - bytes_missing
-        )
+    # 3 samples' code views are a block, and 2 samples' views.
+    with memory_for_p(criterion, samples=8, missing=bytes_missing), blocks_of(6):
         criterion(features_of(dtype=torch.float32))
     assert len(made) == products
 
@@ -738,6 +736,30 @@ def test_no_gradient_is_formed_where_none_is_wanted(monkeypatch: pytest.MonkeyPa
     criterion.requires_grad_(True)
     criterion(features.detach()).backward()
     assert_close(criterion.prototypes.weight.grad, results(full, features)[2])
+
+
+@pytest.mark.parametrize("wanted", ["features", "prototypes"])
+def test_a_gradient_that_nobody_wants_is_not_formed(
+    monkeypatch: pytest.MonkeyPatch, wanted: str
+) -> None:
+    formed = []
+    original = streaming._loss
+
+    def spy(*inputs: Any) -> Any:
+        loss, gradients = original(*inputs)
+        formed.extend(gradient.numel() for gradient in gradients)
+        return loss, gradients
+
+    monkeypatch.setattr(streaming, "_loss", spy)
+    streamed, full = streamed_and_full()
+    features = features_of().requires_grad_(wanted == "features")
+    found = []
+    for criterion in (streamed, full):
+        weight = criterion.prototypes.weight.requires_grad_(wanted == "prototypes")
+        leaf = weight if wanted == "prototypes" else features
+        found += torch.autograd.grad(criterion(features), leaf)
+    assert_close(*found)
+    assert formed == [features.numel() * (wanted == "features"), leaf.numel() * (leaf is weight)]
 
 
 def test_a_second_derivative_is_refused() -> None:
