@@ -1,4 +1,4 @@
-"""Where pixels are, how they are best worked on, and how numbers of the host reach them."""
+"""Where tensors are, how they are best worked on, and how numbers of the host reach them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ def one_by_one(pixels: Tensor) -> bool:
     On a CPU a sample then stays in the cache. An accelerator, a compiler and the gradient want
     whole batches.
     """
-    return readable(pixels) and not (pixels.requires_grad and torch.is_grad_enabled())
+    return on_cpu(pixels) and not (pixels.requires_grad and torch.is_grad_enabled())
 
 
-def readable(pixels: Tensor) -> bool:
-    """Tell whether the host may look at values without a wait."""
-    return pixels.device.type == "cpu" and not torch.compiler.is_compiling()
+def on_cpu(tensor: Tensor) -> bool:
+    """Tell whether operations run on a CPU, one after the other, as they are written.
+
+    So parts that stay in the cache save time, and the host may look at values without a wait.
+    """
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def on_device(values: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from swavkit._device import on_cpu
+
 _BYTES_OF_A_LARGE_RESULT = 2**22  # from here on NumPy asks for huge pages
 _ALIGNMENT = 64
 
@@ -30,8 +32,3 @@ def empty(shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
     # Not a view of the bytes: autograd has rules for those.
     new = torch.empty(0, dtype=dtype)
     return new.set_(memory.untyped_storage(), skipped, tuple(shape), tuple(strides))
-
-
-def on_cpu(tensor: Tensor) -> bool:
-    """Tell whether operations run on a CPU, one after the other, as they are written."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swavkit._memory import empty, on_cpu
+from swavkit._device import on_cpu
+from swavkit._memory import empty
 from swavkit._precision import at_least_float32
 
 # The ranges of u and v can grow with each scaling, by up to B·K if all masses are equal. For so

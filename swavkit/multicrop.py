@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from swavkit import _checks, _colour, _crops, _images, photometric
-from swavkit._device import on_device, readable
+from swavkit._device import on_cpu, on_device
 from swavkit._images import Images, PILImage
 from swavkit.crop_group import CropGroup, checked_groups
 from swavkit.photometric import PhotometricDistortion
@@ -188,7 +188,7 @@ class MultiCropTransform:
                 name = f"the image for crops[{index}]"
                 photometric.check_channels(group.photometric, name, images.channels)
                 coloured |= photometric.changes_colours(group.photometric)
-        if coloured and images.first.is_floating_point() and readable(images.first):
+        if coloured and images.first.is_floating_point() and on_cpu(images.first):
             images.refuse_values_outside_0_1()  # they would be clamped to a white image
 
     def _draw(self, images: Images, generator: torch.Generator | None) -> Tensor:

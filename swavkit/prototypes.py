@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swavkit import _checks
+from swavkit._device import on_cpu
 from swavkit._distributed import is_sharded
-from swavkit._memory import empty, on_cpu
+from swavkit._memory import empty
 from swavkit._precision import at_least_float32, autocast_disabled, product_dtype
 
 __all__ = ["PrototypeLayer"]

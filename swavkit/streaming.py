@@ -34,9 +34,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from swavkit._device import on_cpu
 from swavkit._iterations import find_u
 from swavkit._known_gradients import LossWithGradients
-from swavkit._memory import empty, on_cpu
+from swavkit._memory import empty
 from swavkit._plan import Part, Plan
 from swavkit._precision import at_least_float32, autocast_disabled, product_dtype
 from swavkit.marginals import masses
@@ -213,6 +214,14 @@ class _Scores:
         scores, first = self.present
         return scores[view, rows.start - first : rows.stop - first]
 
+    def codes(self, plan: Plan, rows: slice, scores: Tensor) -> list[Tensor]:
+        """Return the codes of some samples, (b, K) for each code view, given their scores."""
+        if self.all_p is None:
+            return list(plan.codes_of(plan.block((slice(None), rows)), scores))
+        return [
+            plan.codes_of(plan.block((view, rows)), of_view) for view, of_view in enumerate(scores)
+        ]
+
     def of(self, features: Tensor) -> Tensor:
         """Return the scores of some (..., b, D), in memory that the next ones overwrite."""
         rows = features.flatten(0, -2)
@@ -279,12 +288,10 @@ def _loss(
         of_block = scores.of(features[:, rows])  # (V, b, K)
         for part in parts:
             of_part = of_block[:, part.start - rows.start : part.stop - rows.start]
-            block = plan.block((slice(None), part))
-            codes = plan.codes_of(block, of_part[: len(scores.of_codes)])
-            codes = one_hot(codes) if hard else codes
+            codes = scores.codes(plan, part, of_part[: len(scores.of_codes)])
             errors = errors_of_samples(
                 list(of_part),
-                list(codes),
+                [one_hot(code) for code in codes] if hard else codes,
                 temperature,
                 None if sample_weight is None else sample_weight[part],
                 list(of_part) if to_features or to_directions else None,

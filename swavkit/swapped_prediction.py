@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from swavkit import _checks
+from swavkit._device import on_cpu
 from swavkit._known_gradients import LossOfFactors, LossOfScores
 from swavkit._precision import at_least_float32, autocast_disabled
 
@@ -307,7 +308,7 @@ def errors_of_samples(
 def _blocks(scores: Tensor) -> Iterator[slice]:
     """Yield which of the samples of (B, K) to take at once."""
     samples, prototypes = scores.shape
-    if scores.device.type != "cpu" or torch.compiler.is_compiling():
+    if not on_cpu(scores):
         yield slice(None)
         return
     # A softmax is spread over threads by its rows.

@@ -130,3 +130,12 @@ def _serve(
             connection.send((True, work(rank, *arguments)))
         except BaseException:
             connection.send((False, traceback.format_exc()))
+
+
+def refusal(work: Callable[[], Any]) -> str | None:
+    """Return the text of the ValueError that some work raises, if it does."""
+    try:
+        work()
+    except ValueError as error:
+        return str(error)
+    return None

@@ -18,7 +18,7 @@ from swavkit import _agreement
 from swavkit._agreement import Agreement, checksum, require_same
 from swavkit._distributed import participants, sum_over_ranks
 from tests.modes import Collectives, CountingBackend
-from tests.ranks import Ranks
+from tests.ranks import Ranks, refusal
 
 pytestmark = pytest.mark.distributed
 
@@ -37,14 +37,6 @@ SETTINGS: dict[str, Any] = {
     "relaxation": float("inf"),
     "the dtype of scores": torch.float32,
 }
-
-
-def refusal(work: Callable[[], Any]) -> str | None:
-    try:
-        work()
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def compare(rank: int, record: dict[str, Any]) -> tuple[str | None, list[int]]:

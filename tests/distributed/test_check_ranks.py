@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,20 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from swavkit import SinkhornKnopp, SwAVLoss
 from tests import oracles
 from tests.modes import Collectives, CountingBackend
-from tests.ranks import Ranks
+from tests.ranks import Ranks, refusal
 
 pytestmark = pytest.mark.distributed
 
 D, K = 4, 5
 RECORD = 3 * 32  # numbers in a comparison of three processes
-
-
-def refusal(work: Callable[[], Any]) -> str | None:
-    try:
-        work()
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def features(seed: int, samples: int = 6) -> Tensor:
