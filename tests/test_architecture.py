@@ -93,7 +93,7 @@ def test_components_know_no_other_but_groups_a_default_step_and_masses() -> None
         ("sharded_prototypes", "sharded"),
         ("sharded_prototypes", "sinkhorn"),
         ("sharded_prototypes", "swapped_prediction"),
-        ("streaming", "marginals"),
+        ("_block_scores", "marginals"),
         ("streaming", "sinkhorn"),
         ("streaming", "swapped_prediction"),
     }

@@ -22,6 +22,7 @@ from swavkit import (
     SinkhornKnopp,
     SwappedPredictionLoss,
     SwAVLoss,
+    _block_scores,
     _heads,
     _plan,
     streaming,
@@ -38,9 +39,9 @@ DIMENSION, PROTOTYPES = 6, 5
 def blocks_of(rows: int, entries_of_a_part: int = 10**6) -> Iterator[None]:
     """Let a block hold so many rows: of each view's samples the quotient with V, but at least 1."""
     with (
-        patch.object(streaming, "_ENTRIES_OF_A_BLOCK", 1),
-        patch.object(streaming, "_FEATURES_OF_A_BLOCK", rows),
-        patch.object(streaming, "_ENTRIES_OF_A_PART", entries_of_a_part),
+        patch.object(_block_scores, "_ENTRIES_OF_A_BLOCK", 1),
+        patch.object(_block_scores, "_FEATURES_OF_A_BLOCK", rows),
+        patch.object(_block_scores, "_ENTRIES_OF_A_PART", entries_of_a_part),
     ):
         yield
 
@@ -386,7 +387,7 @@ def test_the_queue_may_be_longer_than_a_batch_by_any_factor(
         criterion.queue.push(unit(features_of(2, 90, device=device, generator=seeded(device))))
     features = features_of(3, samples, device=device)
     for rows in (256, 12, 1):
-        with patch.object(streaming, "_FEATURES_OF_A_BLOCK", rows):
+        with patch.object(_block_scores, "_FEATURES_OF_A_BLOCK", rows):
             assert_close(results(streamed, features), results(full, features))
 
 
@@ -503,13 +504,13 @@ def test_auto_computes_no_score_of_the_codes_again_where_p_fits(
     """Or else in each iteration, and before the first."""
     criterion = SwAVLoss(DIMENSION, [PROTOTYPES])
     made = []
-    original = streaming._Scores.of
+    original = _block_scores.BlockScores.of
 
     def spy(scores: Any, features: Tensor) -> Tensor:
         made.append(features)
         return original(scores, features)
 
-    monkeypatch.setattr(streaming._Scores, "of", spy)
+    monkeypatch.setattr(_block_scores.BlockScores, "of", spy)
     # 3 samples' code views are a block, and 2 samples' views.
     with memory_for_p(criterion, samples=8, missing=bytes_missing), blocks_of(6):
         criterion(features_of(dtype=torch.float32))
@@ -605,13 +606,13 @@ def test_where_somebody_looks_at_the_parts_auto_is_full_and_streamed_an_error(
 def asked_for(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The bytes of the pieces of memory for blocks."""
     sizes = []
-    original = streaming.empty
+    original = _block_scores.empty
 
     def spy(shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
         sizes.append(math.prod(shape) * dtype.itemsize)
         return original(shape, dtype, like)
 
-    monkeypatch.setattr(streaming, "empty", spy)
+    monkeypatch.setattr(_block_scores, "empty", spy)
     monkeypatch.setattr(_plan, "empty", spy)
     return sizes
 
@@ -856,7 +857,7 @@ def test_a_block_is_of_one_sample_at_least_and_of_a_limited_size() -> None:
         "_FEATURES_OF_A_BLOCK": 10**6,
         "_MOST_ENTRIES_OF_A_BLOCK": 1,
     }
-    with patch.multiple(streaming, **patches), LargestTensor(torch.float64) as mode:
+    with patch.multiple(_block_scores, **patches), LargestTensor(torch.float64) as mode:
         found = results(streamed, features)
     assert mode.numel == max(4 * 50, 50 * DIMENSION, features.numel())
     assert_close(found, results(full, features))

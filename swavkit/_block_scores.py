@@ -1,0 +1,164 @@
+"""Scores of features and prototypes, block by block, for those who never hold all of them.
+
+Products are made for many samples at a time, since each reads all prototypes; what follows them, on
+a CPU, for as few as stay in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from swavkit._device import on_cpu
+from swavkit._memory import empty
+from swavkit._plan import Part, Plan
+from swavkit._precision import at_least_float32
+from swavkit.marginals import masses
+
+# A block is to have so many scores. With few features its products would take as long as reading
+# the prototypes does; so it has more scores, up to a limit, where that gives it so many features.
+_ENTRIES_OF_A_BLOCK = 2**21
+_FEATURES_OF_A_BLOCK = 256
+_MOST_ENTRIES_OF_A_BLOCK = 3 * 2**24
+
+# Of a block, those of the code views that the caches of a CPU keep from one operation to the next.
+_ENTRIES_OF_A_PART = 2**21
+
+Block = tuple[slice, list[slice]]  # some samples, and the same ones in parts
+
+
+class BlockScores:
+    """Products of features and prototypes, for some samples at a time.
+
+    Args:
+        features: (V, B, D), in the dtype of the products.
+        directions: (K, D).
+        recent: (A, L, D), which follow the features of the code views; or ``None``.
+        num_code_views: A.
+    """
+
+    def __init__(
+        self, features: Tensor, directions: Tensor, recent: Tensor | None, num_code_views: int
+    ) -> None:
+        self.features, self.directions = features, directions
+        self.dtype = at_least_float32(features.dtype)  # of all other arithmetic
+        self.of_codes = features[:num_code_views]
+        if recent is not None:
+            self.of_codes = torch.cat([self.of_codes, recent], dim=1)
+        views, samples, _ = features.shape
+        self.blocks = self._blocks(views, 0, samples)
+        self.code_blocks = self._blocks(num_code_views, 0, samples)
+        self.code_blocks += self._blocks(num_code_views, samples, self.of_codes.shape[1])
+        self.first_parts = {rows.start: rows for rows, _ in self.code_blocks}
+        self.present = features[:0, :0], 0  # scores of some samples of the code views, and of which
+        self.memory: Tensor | None = None  # for the scores of a block
+        self.memory_of_p: Tensor | None = None  # for that of a part, flat
+        self.all_p: Tensor | None = None
+
+    def _blocks(self, views: int, first: int, last: int) -> list[Block]:
+        """Return the samples from ``first`` up to ``last``, of so many views, in blocks."""
+        prototypes = len(self.directions)
+        entries = max(_ENTRIES_OF_A_BLOCK, _FEATURES_OF_A_BLOCK * prototypes)
+        rows = max(min(entries, _MOST_ENTRIES_OF_A_BLOCK) // (views * prototypes), 1)
+        part = rows
+        if on_cpu(self.features):
+            part = _ENTRIES_OF_A_PART // (len(self.of_codes) * prototypes)
+            # A softmax is spread over threads by its rows.
+            part = min(max(part, torch.get_num_threads()), rows)
+            rows -= rows % part
+        return [(rows, _slices(rows.start, rows.stop, part)) for rows in _slices(first, last, rows)]
+
+    @property
+    def parts(self) -> list[slice]:
+        """The samples of the code views, a part at a time."""
+        return [part for _, parts in self.code_blocks for part in parts]
+
+    def bytes_of_blocks(self) -> tuple[int, int]:
+        """Return what the scores of any block take at most, and P of any part."""
+        views, code_views = len(self.features), len(self.of_codes)
+        blocks, code_blocks = ([rows for rows, _ in of] for of in (self.blocks, self.code_blocks))
+        most = max(views * _most(blocks), code_views * _most(code_blocks))
+        part = _most([part for _, parts in self.blocks + self.code_blocks for part in parts])
+        return (
+            most * len(self.directions) * self.features.dtype.itemsize,
+            code_views * part * len(self.directions) * self.dtype.itemsize * (self.all_p is None),
+        )
+
+    def plan(self, weight: Tensor | None, epsilon: float) -> Plan:
+        """Return a new plan of the code views, with equal masses of prototypes."""
+        shape = self.of_codes.shape[:-1]
+        # Where all of P is kept, that of several views is not in one piece.
+        views = [slice(None)] if self.all_p is None else range(len(self.of_codes))
+        return Plan(
+            self._of_part,
+            [(view, rows) for rows in self.parts for view in views],
+            masses(weight, shape, self.features.device, self.dtype),
+            len(self.directions),
+            weighted=weight is not None,
+            graded=weight is not None and weight.is_floating_point(),
+            epsilon=epsilon,
+            codes=self.all_p,
+            memory=self.memory_of_p,
+        )
+
+    def _of_part(self, part: Part) -> Tensor:
+        """Return the scores of a part of the code views; the parts must be asked for in order."""
+        view, rows = part
+        assert isinstance(rows, slice)
+        if rows.start in self.first_parts and view in (0, slice(None)):
+            block = self.first_parts[rows.start]
+            self.present = self.of(self.of_codes[:, block]), block.start
+        scores, first = self.present
+        return scores[view, rows.start - first : rows.stop - first]
+
+    def codes(self, plan: Plan, rows: slice, scores: Tensor) -> list[Tensor]:
+        """Return the codes of some samples, (b, K) for each code view, given their scores."""
+        if self.all_p is None:
+            return list(plan.codes_of(plan.block((slice(None), rows)), scores))
+        return [
+            plan.codes_of(plan.block((view, rows)), of_view) for view, of_view in enumerate(scores)
+        ]
+
+    def of(self, features: Tensor) -> Tensor:
+        """Return the scores of some (..., b, D), in memory that the next ones overwrite."""
+        rows = features.flatten(0, -2)
+        memory = None if self.memory is None else self.memory[: len(rows)]
+        scores = torch.mm(rows, self.directions.T, out=memory)
+        return scores.view(*features.shape[:-1], len(self.directions))
+
+
+def find_memory(of_heads: Sequence[BlockScores], most_bytes_of_p: int) -> None:
+    """Find memory for P of each head, if there may be as much; and for blocks, which heads share.
+
+    No block of one head is needed any more when that of another is computed.
+    """
+    like = of_heads[0].features
+    shapes = [(*head.of_codes.shape[:-1], len(head.directions)) for head in of_heads]
+    sizes = [
+        prod(shape) * head.dtype.itemsize for head, shape in zip(of_heads, shapes, strict=True)
+    ]
+    fits = sum(sizes) <= most_bytes_of_p or sum(map(prod, shapes)) <= _ENTRIES_OF_A_BLOCK
+    for head, shape in zip(of_heads, shapes, strict=True):
+        if fits or len(head.parts) == 1:
+            head.all_p = empty(shape, head.dtype, like)
+    if torch.compiler.is_compiling():  # which finds memory for blocks itself
+        return
+    of_scores, of_p = (
+        empty((max(sizes),), torch.uint8, like)
+        for sizes in zip(*(head.bytes_of_blocks() for head in of_heads), strict=True)
+    )
+    for head in of_heads:
+        scores, p = head.bytes_of_blocks()
+        head.memory = of_scores[:scores].view(head.features.dtype).view(-1, len(head.directions))
+        head.memory_of_p = of_p[:p].view(head.dtype)
+
+
+def _most(slices: Sequence[slice]) -> int:
+    return max((rows.stop - rows.start for rows in slices), default=0)
+
+
+def _slices(first: int, last: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, last)) for start in range(first, last, size)]
