@@ -164,7 +164,7 @@ def of_rank(rank: int, argument: tuple[Problem, float]) -> dict[str, dict[str, A
     steps = contenders(problem)
     results = {}
     for name, step in steps.items():
-        for _ in range(3):  # early calls compare settings
+        for _ in range(4):  # some of which compare settings, as a few later ones do
             answer = step()
         with Meter() as meter:
             begin = time.perf_counter()

@@ -22,7 +22,7 @@ from swavkit.marginals import masses
 # the prototypes does; so it has more scores, up to a limit, where that gives it so many features.
 _ENTRIES_OF_A_BLOCK = 2**21
 _FEATURES_OF_A_BLOCK = 256
-_MOST_ENTRIES_OF_A_BLOCK = 3 * 2**24
+_MOST_ENTRIES_OF_A_BLOCK = 2**26
 
 # Of a block, those of the code views that the caches of a CPU keep from one operation to the next.
 _ENTRIES_OF_A_PART = 2**21
@@ -67,8 +67,7 @@ class BlockScores:
         if on_cpu(self.features):
             part = _ENTRIES_OF_A_PART // (len(self.of_codes) * prototypes)
             # A softmax is spread over threads by its rows.
-            part = min(max(part, torch.get_num_threads()), rows)
-            rows -= rows % part
+            part = max(part, torch.get_num_threads())
         return [(rows, _slices(rows.start, rows.stop, part)) for rows in _slices(first, last, rows)]
 
     @property

@@ -71,7 +71,7 @@ def _iterate(
         plans, prototype_masses, _largest_exponents(plans, group), strict=True
     ):
         log_u = -largest if mass is None else mass.log() - largest
-        wanted.append(_equal_masses(log_u) if mass is None else mass)
+        wanted.append(_equal_mass(log_u) if mass is None else mass)
         firsts.append(plan.start(log_u))
     masses = _sums(firsts, group, rider)
     for iteration in range(iterations):
@@ -118,7 +118,7 @@ def _iterate_relaxed(
     """
     shifts = _largest_exponents(plans, group)
     wanted = [
-        _equal_masses(shift) if mass is None else mass
+        _equal_mass(shift) if mass is None else mass
         for mass, shift in zip(prototype_masses, shifts, strict=True)
     ]
     # The equations take the sum of r to be 1; what it is comes with the first masses.
@@ -146,8 +146,9 @@ def _iterate_relaxed(
             plan.relax(log_u.masked_fill_(share == 0, -math.inf))
 
 
-def _equal_masses(like: Tensor) -> Tensor:
-    return torch.full_like(like, 1 / like.shape[-1])
+def _equal_mass(like: Tensor) -> Tensor:
+    """Return the one mass that all prototypes are to have, (1,)."""
+    return like.new_full((1,), 1 / like.shape[-1])
 
 
 def _largest_exponents(plans: Sequence[Plan], group: ProcessGroup | None) -> list[Tensor]:

@@ -136,8 +136,7 @@ class Problem:
     def number_of_parts(self, prototypes: int) -> int:
         """Return in how many parts the samples are taken with so many prototypes."""
         rows = max(self.rows // self.views, 1)
-        part = min(max(self.entries_of_a_part // (self.code_views * prototypes), 1), rows)
-        rows -= rows % part
+        part = max(self.entries_of_a_part // (self.code_views * prototypes), 1)
         blocks = [min(rows, self.samples - first) for first in range(0, self.samples, rows)]
         return sum(math.ceil(block / part) for block in blocks)
 
