@@ -101,10 +101,9 @@ def time_interleaved(
     """Time the calls in turn, so that whatever disturbs the machine disturbs all of them.
 
     Each call is timed for about ``seconds``, at least ``least`` times (but a call that takes long
-    only twice) and at most ``most`` times. The
-    first one takes part in every round; a slower one in one of two, of three, and so on, so that it
-    does not cost the others their repetitions. A different call begins each round. Returned is, for
-    each call, its time in each of its rounds.
+    only twice) and at most ``most`` times. The first one takes part in every round; a slower one in
+    one of two, of three, and so on, so that it does not cost the others their repetitions. A
+    different call begins each round. Returned is, for each call, its time in each of its rounds.
 
     A training loop makes one and the same call, so none is to pay for what the others did to the
     caches and to free memory, which a virtual machine may have to ask its host for again: before it

@@ -145,12 +145,11 @@ def find_memory(of_heads: Sequence[BlockScores], most_bytes_of_p: int) -> None:
             head.all_p = empty(shape, head.dtype, like)
     if torch.compiler.is_compiling():  # which finds memory for blocks itself
         return
+    of_blocks = [head.bytes_of_blocks() for head in of_heads]
     of_scores, of_p = (
-        empty((max(sizes),), torch.uint8, like)
-        for sizes in zip(*(head.bytes_of_blocks() for head in of_heads), strict=True)
+        empty((max(of_each),), torch.uint8, like) for of_each in zip(*of_blocks, strict=True)
     )
-    for head in of_heads:
-        scores, p = head.bytes_of_blocks()
+    for head, (scores, p) in zip(of_heads, of_blocks, strict=True):
         head.memory = of_scores[:scores].view(head.features.dtype).view(-1, len(head.directions))
         head.memory_of_p = of_p[:p].view(head.dtype)
 

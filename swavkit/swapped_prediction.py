@@ -216,7 +216,7 @@ def prediction_error(
     log_sum -= predictions.amax(dim=-1).log()
     if residual is not None:
         torch.addcmul(target, predictions, mass.unsqueeze(-1), value=-1, out=logits)
-        if logits is not residual:
+        if logits is not residual or residual_scale != 1:
             torch.mul(logits, residual_scale, out=residual)
     return mass * log_sum - agreement
 
