@@ -62,6 +62,8 @@ class PrototypeLayer(nn.Module):
         tensor([0, 1, 2, 3, 4])
     """
 
+    __prepare_scriptable__ = _checks.refuse_scripting
+
     _held = slice(None)  # which of the prototypes this process has
 
     def __init__(
@@ -79,8 +81,11 @@ class PrototypeLayer(nn.Module):
     def _configure(self, feature_dim: int, num_prototypes: int, gradient: str) -> None:
         self.feature_dim = _checks.positive_int("feature_dim", feature_dim)
         self.num_prototypes = _checks.positive_int("num_prototypes", num_prototypes)
-        _checks.choice("gradient", gradient, ("tangent", "published"))
         self.gradient = gradient
+        self._check_gradient()
+
+    def _check_gradient(self) -> None:
+        _checks.choice("gradient", self.gradient, ("tangent", "published"))
 
     def reset_parameters(self) -> None:
         """Draw the prototypes uniformly on the unit sphere, from torch's global generator."""
@@ -135,6 +140,7 @@ class PrototypeLayer(nn.Module):
     def _factors(self, features: Tensor, frozen: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return unit rows (..., D) and (K, D), in one dtype, whose product the scores are."""
         self._check(features)
+        self._check_gradient()
         weight = self._rows()
         if frozen is not None:
             # Not a gradient times 0: that would make NaN of an infinite one.
@@ -178,7 +184,7 @@ class PrototypeLayer(nn.Module):
     def _check(self, features: Tensor) -> None:
         _checks.floating_tensor("features", features)
         _checks.last_dimension("features", features, self.feature_dim, "features")
-        _checks.same_device("features", features, self.weight)
+        _checks.same_device("features", features, self.weight, self)
         if is_sharded(self._rows()):
             raise RuntimeError(
                 "weight lies in shards, as FSDP2 keeps it between the calls of the module that was "
@@ -264,7 +270,8 @@ class _UnitRows(torch.autograd.Function):
         if ctx.differentiate_norm:
             if torch.is_grad_enabled():  # for a second derivative
                 unit, norm, largest = _unit_rows(rows)
-            along = torch.linalg.vecdot(gradient, unit).unsqueeze(-1)
+            with autocast_disabled(gradient.device):  # a backward pass may run inside autocast
+                along = torch.linalg.vecdot(gradient, unit).unsqueeze(-1)
             gradient = torch.addcmul(gradient, along, unit, value=-1)
             if not torch.is_grad_enabled():
                 return gradient.div_(norm).div_(largest), None

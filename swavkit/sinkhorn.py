@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from swavkit import _checks
 from swavkit._agreement import Agreement
-from swavkit._distributed import GroupHandle, participants, sum_over_ranks
+from swavkit._distributed import GroupHandle, participants
 from swavkit._iterations import find_u
 from swavkit._memory import empty
 from swavkit._plan import Plan, codes_at_once, fits_at_once, parts_of
@@ -219,6 +219,8 @@ class SinkhornKnopp(nn.Module):
                 [2.0612e-09, 2.0612e-09, 1.0000e+00]])
     """
 
+    __prepare_scriptable__ = _checks.refuse_scripting
+
     def __init__(
         self,
         epsilon: float = 0.05,
@@ -240,8 +242,6 @@ class SinkhornKnopp(nn.Module):
         self.synchronize = synchronize
         self._group = GroupHandle(process_group)
         self._agreement = Agreement()
-        self._known: Tensor | None = None  # for the present call, see _called
-        self._rider: Tensor | None = None
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -259,11 +259,7 @@ class SinkhornKnopp(nn.Module):
         prototype_weight: Tensor | None = None,
     ) -> Tensor:
         """Return the codes of ``scores``; see :func:`sinkhorn_knopp`."""
-        rider, self._rider = self._rider, None
-        known, self._known = self._known, None
-        if known is not None:
-            return known
-        return self._in_step([scores], sample_weight, prototype_weight, rider)[0]
+        return self._in_step([scores], sample_weight, prototype_weight)[0]
 
     def _in_step(
         self,
@@ -284,25 +280,6 @@ class SinkhornKnopp(nn.Module):
         dtype, device = several[0].dtype, several[0].device
         self._compare(shape, dtype, device, prototype_weight is not None)
         return _codes(several, sample_weight, prototype_weight, settings, group, rider)
-
-    def _called(
-        self, *inputs: Tensor | None, known: Tensor | None = None, rider: Tensor | None = None
-    ) -> Tensor:
-        """Call the module, so that its hooks are, and with no other argument than ever.
-
-        Args:
-            inputs: The arguments.
-            known: What our forward is to return, if that has been computed.
-            rider: Is summed over the processes along with what is computed, in place.
-        """
-        self._known, self._rider = known, rider
-        try:
-            codes: Tensor = self(*inputs)
-            if rider is not None and self._rider is not None:  # another forward has left it
-                rider.copy_(sum_over_ranks(rider.clone(), self._participants()))
-        finally:
-            self._known = self._rider = None
-        return codes
 
     def _compare(
         self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, prior: bool = False

@@ -13,7 +13,7 @@ from swavkit._agreement import Agreement
 from swavkit._details import SwAVDetails
 from swavkit._distributed import participants, share_of_mean, sum_over_ranks
 from swavkit._heads import losses_of_heads
-from swavkit._precision import at_least_float32
+from swavkit._precision import at_least_float32, autocast_disabled
 from swavkit._recomputation import Recomputation, keeping_what_it_saves
 from swavkit._record import ADVICE, record
 from swavkit.feature_queue import FeatureQueue
@@ -105,6 +105,8 @@ class SwAVLoss(nn.Module):
         (torch.Size([]), torch.Size([4, 8, 16]))
     """
 
+    __prepare_scriptable__ = _checks.refuse_scripting
+
     steps: Tensor
 
     def __init__(
@@ -128,17 +130,14 @@ class SwAVLoss(nn.Module):
         shard_prototypes: bool = False,
     ) -> None:
         super().__init__()
-        self.num_code_views = _checks.positive_int("num_code_views", num_code_views)
+        self.num_code_views = num_code_views
+        self.queue_start, self.freeze_steps = queue_start, freeze_steps
+        self.memory, self.reduction = memory, reduction
+        self._check_settings()
         queue_length = _checks.non_negative_int("queue_length", queue_length)
-        self.queue_start = _checks.non_negative_int("queue_start", queue_start)
-        self.freeze_steps = _checks.non_negative_int("freeze_steps", freeze_steps)
-        _checks.choice("memory", memory, ("full", "streamed", "auto"))
-        self.memory = memory
-        _checks.choice("reduction", reduction, ("mean", "global_mean"))
-        self.reduction = reduction
         self.prototypes: PrototypeLayer | nn.ModuleList
         layer = layer_class(shard_prototypes, process_group, synchronize)
-        if isinstance(num_prototypes, (list, tuple)):
+        if isinstance(num_prototypes, Sequence) and not isinstance(num_prototypes, str):
             sizes = _checks.positive_ints("num_prototypes", num_prototypes)
             self.prototypes = nn.ModuleList(
                 layer(feature_dim, size, gradient=prototype_gradient) for size in sizes
@@ -197,6 +196,7 @@ class SwAVLoss(nn.Module):
             a tuple of them, one for each.
         """
         heads = self._heads()
+        self._check_settings()
         views = _checks.views(
             "features",
             features,
@@ -204,9 +204,10 @@ class SwAVLoss(nn.Module):
             least=max(2, self.num_code_views),
             last=heads[0].feature_dim,
         )
+        _checks.untransformed("features", views[0])
         if sample_weight is not None:
             _checks.weight("sample_weight", sample_weight, (views[0].shape[:1],), views[0])
-        _checks.same_device("features", views[0], heads[0].weight)
+        _checks.same_device("features", views[0], heads[0].weight, self)
         group = None
         if isinstance(self.sinkhorn, SinkhornKnopp) or self.reduction == "global_mean":
             group = _checks.instance("sinkhorn", self.sinkhorn, SinkhornKnopp)._participants()
@@ -214,7 +215,10 @@ class SwAVLoss(nn.Module):
         if not repeated:
             self._agreement.require(self._record, group, views[0].device, advice=ADVICE)
 
-        together = features if isinstance(features, Tensor) else torch.stack(views)  # (V, B, D)
+        together = features
+        if not isinstance(together, Tensor):
+            with autocast_disabled(views[0].device):  # which would not stack half precisions
+                together = torch.stack(views)  # (V, B, D)
         around = None
         if sample_weight is not None:
             # An absent sample may hold NaN. In the product that would reach every gradient, as
@@ -263,6 +267,14 @@ class SwAVLoss(nn.Module):
         sinkhorn = _checks.instance("sinkhorn", self.sinkhorn, SinkhornKnopp)
         group = participants(sinkhorn.process_group, True)
         self._agreement.require(self._record, group, self.steps.device, advice=ADVICE, again=True)
+
+    def _check_settings(self) -> None:
+        """Refuse bad settings, at construction and where they were changed since."""
+        self.num_code_views = _checks.positive_int("num_code_views", self.num_code_views)
+        self.queue_start = _checks.non_negative_int("queue_start", self.queue_start)
+        self.freeze_steps = _checks.non_negative_int("freeze_steps", self.freeze_steps)
+        _checks.choice("memory", self.memory, ("full", "streamed", "auto"))
+        _checks.choice("reduction", self.reduction, ("mean", "global_mean"))
 
     def _record(self) -> dict[str, Any]:
         return record(self, self._heads(), self.sinkhorn, SinkhornKnopp)
