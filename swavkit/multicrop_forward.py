@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from swavkit import _checks
+from swavkit._precision import autocast_disabled
 
 __all__ = ["multi_crop_forward"]
 
@@ -53,7 +54,11 @@ def multi_crop_forward(
     positions: dict[tuple[int, int], list[int]] = {}
     for index, crop in enumerate(crops):
         _checks.floating_tensor(f"crops[{index}]", crop)
-        if crop.dim() != 4 or crop.shape[:2] != crops[0].shape[:2]:
+        if crop.dim() != 4:
+            raise ValueError(
+                f"crops[{index}] must have shape (B, C, H, W), got {tuple(crop.shape)}"
+            )
+        if crop.shape[:2] != crops[0].shape[:2]:
             raise ValueError(
                 f"crops[{index}] must have shape (B, C, H, W) with B and C as in crops[0], got "
                 f"{tuple(crop.shape)} beside {tuple(crops[0].shape)}"
@@ -62,7 +67,9 @@ def multi_crop_forward(
     features: dict[int, Tensor] = {}
     for (height, width), members in positions.items():
         name = f"the output of network for crops of {height}x{width}"
-        output = _under(key, name, network(torch.cat([crops[index] for index in members])))
+        with autocast_disabled(crops[0].device):  # which joins no tensors of another half precision
+            together = torch.cat([crops[index] for index in members])
+        output = _under(key, name, network(together))
         _checks.floating_tensor(name, output)
         if output.dim() != 2 or len(output) != len(members) * len(crops[0]):
             raise ValueError(
@@ -76,7 +83,8 @@ def multi_crop_forward(
                 f"{name} must have D = {features[0].shape[1]} as for the crops before, got "
                 f"{tuple(output.shape)}"
             )
-    return torch.stack([features[index] for index in range(len(crops))])
+    with autocast_disabled(crops[0].device):
+        return torch.stack([features[index] for index in range(len(crops))])
 
 
 def _under(key: int | str | None, name: str, output: Any) -> Any:

@@ -58,14 +58,14 @@ class PhotometricDistortion:
         torch.Size([4, 3, 8, 8])
 
     References:
-        Caron et al. 2020, arXiv 2006.09882; the strengths are 0.8 · (0.8, 0.8, 0.8, 0.2), after
-        Chen et al. 2020, arXiv 2002.05709. The authors' program has (0.8, 0.8, 0.8, 0.2) itself.
+        Caron et al. 2020, arXiv 2006.09882; the strengths are those of the authors' program. The
+        steps are those of Chen et al. 2020, arXiv 2002.05709, at strength 1.
     """
 
-    brightness: float = 0.64
-    contrast: float = 0.64
-    saturation: float = 0.64
-    hue: float = 0.16
+    brightness: float = 0.8
+    contrast: float = 0.8
+    saturation: float = 0.8
+    hue: float = 0.2
     jitter_probability: float = 0.8
     greyscale_probability: float = 0.2
     blur_probability: float = 0.5
@@ -92,9 +92,7 @@ class PhotometricDistortion:
             )
         check_channels(self, "crops", crops.shape[-3])
         batch = (crops if crops.dim() == 4 else crops[None]).to(at_least_float32(crops.dtype))
-        uniform = torch.rand(
-            len(batch), NUMBERS, generator=generator, dtype=torch.float64, device="cpu"
-        )
+        uniform = random_numbers(len(batch), NUMBERS, generator=generator)
         parameters = draw(self, uniform, batch.shape[1])
         if one_by_one(batch):
             distorted = batch.clone(memory_format=torch.contiguous_format)
@@ -103,6 +101,13 @@ class PhotometricDistortion:
         else:
             distorted = distort(self, batch, on_device(parameters, batch.dtype, batch.device))
         return distorted.to(crops.dtype).view(crops.shape)
+
+
+def random_numbers(*shape: int, generator: torch.Generator | None) -> Tensor:
+    """Draw numbers uniform in [0, 1) on the CPU; None is torch's global generator."""
+    if generator is None:  # then unnamed, for torch compiles no generator=None of any batch size
+        return torch.rand(shape, dtype=torch.float64, device="cpu")
+    return torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def check_channels(settings: PhotometricDistortion, name: str, channels: int) -> None:
