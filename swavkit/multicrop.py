@@ -49,17 +49,23 @@ class MultiCropTransform:
         group after group; a batch (B, C, H, W) on any device gives (B, C, size, size), and so does
         a list of B images of any sizes. Images are uint8, or floating and in [0, 1]; floating
         images keep their dtype, uint8 and PIL give float32. Float16 and bfloat16 are worked on in
-        float32. A channels-last batch gives channels-last crops. A PIL image of mode L has 1
-        channel, unless ``mean`` or ``std`` name 3; every other 8-bit mode is converted to RGB. A
-        NaN pixel makes crops NaN where they show it; where a batch is worked on as a whole, also
-        elsewhere in the crops of its image.
+        float32. A channels-last batch gives channels-last crops. A NaN pixel is permitted and makes
+        the crops that show it NaN there; other pixels of the crops of its image may become NaN too,
+        those of other images do not.
+
+        A PIL image is turned upright as its EXIF orientation says, and boxes are in pixels of the
+        upright image. Transparent pixels are composited on white. Modes 1, L, LA, I;16, I and F
+        have 1 channel, unless ``mean`` or ``std`` name 3; every other mode is converted to RGB.
+        Values of modes I;16 and I, as which PIL opens 16-bit files, are divided by 65535; those of
+        mode F must be in [0, 1].
 
     Raises:
         TypeError: If a group is no ``CropGroup``, or the image is no image or of another dtype.
         ValueError: If there is no crop, the first group is not the largest, the image has no
-            pixels, a wrong rank, values outside [0, 1] (looked for on a CPU only, and only where
-            colours are changed), or not the channels of ``mean`` and ``std``, or a callable changes
-            a shape.
+            pixels, a wrong rank, values out of range, or not the channels of ``mean`` and ``std``,
+            or a callable changes a shape. The values of tensors are checked on a CPU only, and not
+            under ``torch.compile``; elsewhere values outside [0, 1] are clamped by the photometric
+            step, or stay as they are without one.
 
     Example:
         >>> groups = (CropGroup(16, 2, (0.14, 1.0)), CropGroup(8, 3, (0.05, 0.14)))

@@ -22,6 +22,11 @@ def multi_crop_forward(
     Crops of one resolution go through the network together, in the order of their first appearance,
     so batch statistics are taken per resolution.
 
+    Under ``DistributedDataParallel``, call this function inside the wrapped module, as in the
+    example. If the network alone is wrapped and has BatchNorm, wrap it with
+    ``broadcast_buffers=False``: otherwise, up to PyTorch 2.11, the wrapper overwrites the buffers
+    between the passes of two resolutions, and the backward pass fails.
+
     Args:
         network: Takes (N, C, H, W) crops, returns (N, D) features, with the same D for all.
         crops: V tensors (B, C, H, W), resolutions in any order.
@@ -41,6 +46,13 @@ def multi_crop_forward(
         >>> crops = [torch.rand(4, 3, size, size) for size in (16, 16, 8)]
         >>> multi_crop_forward(network, crops).shape
         torch.Size([3, 4, 3])
+        >>> class Model(torch.nn.Module):  # the module to wrap in DistributedDataParallel
+        ...     def __init__(self, network):
+        ...         super().__init__()
+        ...         self.network = network
+        ...
+        ...     def forward(self, crops):
+        ...         return multi_crop_forward(self.network, crops)
 
     References:
         Caron et al. 2020, arXiv 2006.09882, section 3.2.

@@ -26,7 +26,8 @@ class PhotometricDistortion:
     """The published photometric step: colour jitter, greyscale, Gaussian blur, drawn per sample.
 
     Brightness, contrast, saturation and hue are changed in a random order, together with
-    probability ``jitter_probability``. Brightness multiplies the pixels by a factor, contrast
+    probability ``jitter_probability``. The default strengths, (0.8, 0.8, 0.8, 0.2) with probability
+    0.8, are those of the authors' program. Brightness multiplies the pixels by a factor, contrast
     blends them with the mean grey of the crop, saturation with the grey of each pixel, each factor
     uniform in [1 - strength, 1 + strength]; hue turns the colour circle by up to ``hue`` of a
     revolution. Each result is clamped to [0, 1]. The blur mirrors the crop at its borders.
@@ -58,8 +59,7 @@ class PhotometricDistortion:
         torch.Size([4, 3, 8, 8])
 
     References:
-        Caron et al. 2020, arXiv 2006.09882; the strengths are those of the authors' program. The
-        steps are those of Chen et al. 2020, arXiv 2002.05709, at strength 1.
+        Caron et al. 2020, arXiv 2006.09882, after Chen et al. 2020, arXiv 2002.05709.
     """
 
     brightness: float = 0.8
