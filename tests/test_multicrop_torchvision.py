@@ -51,7 +51,7 @@ def changed(crop: torch.Tensor, **columns: float) -> list[torch.Tensor]:
 
 
 @each_dtype
-@pytest.mark.parametrize("factor", [0.0, 0.36, 1.0, 1.64])
+@pytest.mark.parametrize("factor", [0.0, 0.2, 1.0, 1.8])
 @pytest.mark.parametrize(
     ("kind", "theirs"),
     [
@@ -67,7 +67,7 @@ def test_blends(kind, theirs, factor, dtype):
 
 
 @each_dtype
-@pytest.mark.parametrize("shift", [-0.5, -0.16, 0.05, 0.16, 0.5])
+@pytest.mark.parametrize("shift", [-0.5, -0.2, 0.05, 0.2, 0.5])
 def test_hue(shift, dtype):
     for crop in random_crops(3, size=40, dtype=dtype):
         for ours in changed(crop, _9=shift):
@@ -156,7 +156,7 @@ def test_boxes_have_the_distribution_of_random_resized_crop():
 
 
 def test_factors_have_the_distribution_of_colour_jitter():
-    jitter = v2.ColorJitter(0.64, 0.64, 0.64, 0.16)
+    jitter = v2.ColorJitter(0.8, 0.8, 0.8, 0.2)
     torch.manual_seed(0)
     drawn = [jitter.make_params([]) for _ in range(3000)]
     uniform = torch.rand(3000, photometric.NUMBERS, generator=seeded(), dtype=torch.float64)

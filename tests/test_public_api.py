@@ -51,7 +51,7 @@ CALLS = {
     "FeatureQueue.__bool__": "(self)",
     "CropGroup": "(size, count, scale, ratio=(0.75, 1.3333333333333333), flip=0.5, "
     f"photometric={PhotometricDistortion()})",
-    "PhotometricDistortion": "(brightness=0.64, contrast=0.64, saturation=0.64, hue=0.16, "
+    "PhotometricDistortion": "(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, "
     "jitter_probability=0.8, greyscale_probability=0.2, blur_probability=0.5, "
     "blur_sigma=(0.1, 2.0), other_channels='error')",
     "PhotometricDistortion.__call__": "(self, crops, *, generator=None)",
