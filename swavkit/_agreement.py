@@ -56,7 +56,7 @@ def require_same(
     names = zlib.crc32("\n".join(record).encode())
     numbers = [names, *map(_encoded, record.values())]
     own = torch.zeros(_RECORD, dtype=torch.float64, device=device)
-    own[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64)
+    own[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     for index, value in enumerate(record.values(), start=1):
         if isinstance(value, Tensor):
             own[index] = value

@@ -18,6 +18,7 @@ _ONE_BY_ONE = "whether heads get their codes one by one"
 
 ADVICE = {
     _ONE_BY_ONE: "they do where sinkhorn is replaced or has hooks, which must be so on all ranks",
+    "steps": "load a checkpoint on every process",
     "the checksum of the prototypes": "wrap SwAVLoss in DistributedDataParallel or fully_shard, "
     "alone or inside the model: left bare, each process trains prototypes of its own",
 }
