@@ -168,7 +168,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         gray = (values * (255 / most)).round().astype(np.uint8)
         gray[values == transparent] = 255
         image = Image.fromarray(gray)
-    elif "A" in image.getbands() or transparent is not None:
+    elif {"A", "a"}.intersection(image.getbands()) or transparent is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")

@@ -5,6 +5,9 @@
     python docs/examples/pretrain.py --data path/to/images  # your own; subfolders are labels
     torchrun --nproc-per-node 2 docs/examples/pretrain.py   # each batch on two processes
 
+``torchrun`` is in the same folder as ``python``: ``.venv/bin/torchrun`` where that is
+``.venv/bin/python``.
+
 The training loop in ``train`` is of the kind that users of swavkit write themselves: crops,
 features, loss, step. Labels serve the evaluation only. Everything is written into one folder:
 ``metrics.json``, ``checkpoint.pt`` (from which training goes on with ``--resume``) and pictures.
