@@ -46,8 +46,9 @@ def main(example) -> Callable[[list[str]], int]:
 
 @pytest.fixture
 def quick(main, example, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], int]:
-    """The program without its evaluation."""
+    """The program without its slow parts, the evaluation and the map."""
     monkeypatch.setattr(example("evaluation"), "compare", lambda *_: {})
+    monkeypatch.setattr(example("pictures"), "feature_map", lambda *_: matplotlib.figure.Figure())
     return lambda arguments: main([*TINY, "--epochs", "1", "--prototypes", "2", *arguments])
 
 
