@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -52,9 +51,7 @@ def quick(main, example, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]
     return lambda arguments: main([*TINY, "--epochs", "1", "--prototypes", "2", *arguments])
 
 
-def start(
-    output: Path, *arguments: str, processes: int = 1, file_limit: int = -1
-) -> subprocess.Popen[str]:
+def start(output: Path, *arguments: str, processes: int = 1) -> subprocess.Popen[str]:
     program = [str(PROGRAM), "--output", str(output), *arguments]
     command = [sys.executable, "-W", "error", *program]
     if processes > 1:
@@ -66,7 +63,6 @@ def start(
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, -1)),
     )
 
 
@@ -459,7 +455,9 @@ def test_a_learning_rate_of_a_billion_ends_with_status_3(tmp_path: Path) -> None
 
 
 def test_a_folder_without_room_is_told_of_before_the_first_epoch(tmp_path: Path) -> None:
-    process = start(tmp_path / "out", *TINY, file_limit=2**20)
+    resource = pytest.importorskip("resource")
+    process = start(tmp_path / "out", *TINY)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**20, 2**20))  # before it has imported
     _, errors = process.communicate()
     assert process.returncode == 2
     assert len(errors.splitlines()) == 1
@@ -517,18 +515,17 @@ def test_an_interrupted_run_names_resume(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def test_more_threads_are_for_the_network_alone(
-    tmp_path: Path, quick, example, monkeypatch
-) -> None:
+def test_more_threads_are_for_the_network_alone(tmp_path: Path, main, example, monkeypatch) -> None:
     threads = []
 
     def compare(*_):
         threads.extend([torch.get_num_threads(), threadpool_info()])
-        return {}
+        raise example("settings").UserError("seen")
 
+    monkeypatch.setattr(example("pretrain"), "train", lambda *_: None)
     monkeypatch.setattr(example("evaluation"), "compare", compare)
     try:
-        assert quick(["--output", str(tmp_path), "--threads", "2"]) == 0
+        assert main([*TINY, "--output", str(tmp_path), "--threads", "2"]) == 2
     finally:
         torch.set_num_threads(1)
     assert threads[0] == 2
