@@ -56,15 +56,18 @@ def loss(losses: list[float], chance: float) -> Figure:
         label="loss" if window == 1 else f"loss, mean of {window} steps",
     )
     axes.axhline(chance, color=RED, linestyle="--", linewidth=1, label="ln K")
-    axes.set(xlabel="training step", ylabel="swapped prediction loss, nats")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(
+        xlabel="training step",
+        ylabel="swapped prediction loss, nats",
+        xlim=(0.5, len(losses) + 0.5),
+    )
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.legend(frameon=False)
     tidy(axes)
     return explain(
         figure,
         "Training loss",
-        "ln K is the loss if all scores are equal: the training has started once the loss is "
-        "clearly below.",
+        "ln K is the loss if all scores are equal; a training that works falls clearly below it.",
     )
 
 
@@ -81,7 +84,7 @@ def usage(shares: Tensor, perplexity: float) -> Figure:
         ylabel="training images, %",
         xlim=(0.5, len(ordered) + 0.5),
     )
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.legend(frameon=False)
     tidy(axes)
     return explain(
