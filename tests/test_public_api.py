@@ -175,6 +175,16 @@ def test_the_core_needs_torch_and_numpy_only() -> None:
     assert sorted(core) == ["numpy", "torch"]
 
 
+def test_tests_are_skipped_without_other_solvers() -> None:
+    """A file that imports one unconditionally could not be collected without it."""
+    others = {"cv2", "geomloss", "ot", "scipy", "torchvision"}
+    for path in (ROOT / "tests").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        imported = re.findall(r"^(?:from|import) (\w+)", text, flags=re.MULTILINE)
+        guarded = re.findall(r"^pytest\.importorskip\(\s*\"(\w+)", text, flags=re.MULTILINE)
+        assert not (others & set(imported)) - set(guarded), path
+
+
 # Importing it
 
 IMPORT = """
