@@ -1,5 +1,12 @@
 """Sphinx settings."""
 
+from __future__ import annotations
+
+import math_core
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
+
 import swavkit
 
 project = "swavkit"
@@ -7,18 +14,30 @@ author = "the swavkit maintainers"
 copyright = "2026, the swavkit maintainers"  # noqa: A001
 release = swavkit.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"swavkit {release}"
+html_static_path = ["_static"]
+html_css_files = ["swavkit.css"]
+html_math_renderer = "mathml"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 autodoc_preserve_defaults = True
+maximum_signature_line_length = 80
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-napoleon_custom_sections = [("Shape", "params_style")]
+napoleon_custom_sections = ["Shape"]  # prose, so no style of a list of parameters
+# Copies the input of an interactive example only.
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
 nitpicky = True
 nitpick_ignore_regex = [
     # No inventory of another project is fetched, so that the build needs no network.
@@ -29,3 +48,22 @@ nitpick_ignore_regex = [
         r"(Tensor|ProcessGroup|StorageReader|Sequence|Callable|Any|Literal|optional|np\..*|Generator)",
     ),
 ]
+
+
+_MATHML = math_core.LatexToMathML()
+
+
+def _inline_math(writer: HTML5Translator, node: nodes.math) -> None:
+    writer.body.append(_MATHML.convert_with_local_state(node.astext(), displaystyle=False))
+    raise nodes.SkipNode
+
+
+def _displayed_math(writer: HTML5Translator, node: nodes.math_block) -> None:
+    formula = _MATHML.convert_with_local_state(node.astext(), displaystyle=True)
+    writer.body.append(f'<div class="math-wrapper">{formula}</div>')
+    raise nodes.SkipNode
+
+
+def setup(app: Sphinx) -> None:
+    """Render mathematics at build time, so that a page loads nothing from another site."""
+    app.add_html_math_renderer("mathml", (_inline_math, None), (_displayed_math, None))

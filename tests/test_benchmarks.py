@@ -178,7 +178,7 @@ def test_each_problem_has_codes_of_its_own() -> None:
 @pytest.mark.parametrize("method", ["sinkhorn", "sinkhorn_log"])
 @pytest.mark.parametrize("iterations", [1, 2, 3])
 def test_pot_s_iterations_are_those_of_the_equations(iterations: int, method: str) -> None:
-    pytest.importorskip("ot")
+    pytest.importorskip("ot", reason="POT is not installed")
     scores = random_scores(2, 7, 4)
     codes = peers.pot_codes(-scores, 0.05, iterations, method=method)
     for view, code in zip(scores, codes, strict=True):
@@ -187,7 +187,7 @@ def test_pot_s_iterations_are_those_of_the_equations(iterations: int, method: st
 
 
 def test_geomloss_converges_to_the_plan_of_the_equations() -> None:
-    pytest.importorskip("geomloss")
+    pytest.importorskip("geomloss", reason="geomloss is not installed")
     scores = random_scores(2, 7, 4)
     expected = [oracles.sinkhorn(view.numpy(), 0.2, 400) for view in scores]
 

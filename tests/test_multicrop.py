@@ -595,6 +595,7 @@ def test_both_paths_give_the_same_pixels(groups, sizes):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @each_kind_of_draw
 def test_an_accelerator_gives_the_pixels_of_a_cpu(groups):
     pixels = torch.stack([uint8_image(60, 45, seed=seed) for seed in range(4)])

@@ -7,7 +7,6 @@ import math
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -46,9 +45,10 @@ def boxes_of(number: int, height: int, width: int, seed: int = 1, **settings) ->
 
 
 def test_area_aspect_place_and_mirror_follow_their_distributions():
+    stats = pytest.importorskip("scipy.stats", reason="SciPy is not installed")
     # Below an area of 3/4 no box of the default shapes misses a square image: nothing is redrawn.
     top, left, height, width, mirrored = boxes_of(4000, 5000, 5000, flip=0.3).T
-    uniform = scipy.stats.uniform
+    uniform = stats.uniform
     area = height * width / 5000**2
     log_ratio = np.log(width / height)
     limits = math.log(3 / 4), math.log(4 / 3)
@@ -58,20 +58,21 @@ def test_area_aspect_place_and_mirror_follow_their_distributions():
         (top / (5001 - height), uniform()),
         (left / (5001 - width), uniform()),
     ):
-        assert scipy.stats.kstest(values, law.cdf).pvalue > RARE
-    assert scipy.stats.binomtest(int(mirrored.sum()), 4000, 0.3).pvalue > RARE
+        assert stats.kstest(values, law.cdf).pvalue > RARE
+    assert stats.binomtest(int(mirrored.sum()), 4000, 0.3).pvalue > RARE
     for one, other in itertools.combinations((area, log_ratio, top / (5001 - height), mirrored), 2):
         assert abs(np.corrcoef(one, other)[0, 1]) < 0.06
 
 
 def test_boxes_that_miss_are_redrawn_as_in_the_plain_loop():
+    stats = pytest.importorskip("scipy.stats", reason="SciPy is not installed")
     group = CropGroup(8, 1, (0.3, 1.0), (0.5, 2.0))
     drawn = boxes_of(3000, 2000, 2600, seed=2, scale=group.scale, ratio=group.ratio)[:, 2:4]
     loop = np.random.default_rng(3)
     expected = np.array([plain_loop_box(loop, 2000, 2600, group) for _ in range(3000)])
-    assert scipy.stats.ks_2samp(drawn.prod(1), expected.prod(1)).pvalue > RARE
+    assert stats.ks_2samp(drawn.prod(1), expected.prod(1)).pvalue > RARE
     ratios = (boxes[:, 0] / boxes[:, 1] for boxes in (drawn, expected))
-    assert scipy.stats.ks_2samp(*ratios).pvalue > RARE
+    assert stats.ks_2samp(*ratios).pvalue > RARE
 
 
 @pytest.mark.parametrize(

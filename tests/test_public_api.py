@@ -8,8 +8,11 @@ import importlib.metadata
 import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ import swavkit
 from swavkit import CropGroup, PhotometricDistortion
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(swavkit.__file__).parent  # elsewhere if a wheel is tested
 IMAGENET = "mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)"
 CROPS = (CropGroup(224, 2, (0.14, 1.0)), CropGroup(96, 6, (0.05, 0.14)))
 
@@ -103,7 +107,7 @@ def test_the_public_names_are_these() -> None:
     assert sorted(swavkit.__all__) == sorted({path.split(".")[0] for path in CALLS})
     assert len(set(swavkit.__all__)) == len(swavkit.__all__)
     public = {name for name, value in vars(swavkit).items() if not name.startswith("_")}
-    modules = {path.stem for path in (ROOT / "swavkit").glob("*.py")}
+    modules = {path.stem for path in PACKAGE.iterdir()}
     assert public - modules == set(swavkit.__all__)
 
 
@@ -150,7 +154,7 @@ def test_everything_public_has_a_docstring(name: str) -> None:
 
 
 def test_the_version_is_a_literal_and_that_of_the_distribution() -> None:
-    tree = ast.parse((ROOT / "swavkit" / "__init__.py").read_text(encoding="utf-8"))
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     literals = [
         ast.literal_eval(statement.value)
         for statement in tree.body
@@ -163,7 +167,7 @@ def test_the_version_is_a_literal_and_that_of_the_distribution() -> None:
 
 
 def test_the_package_is_typed_and_free() -> None:
-    assert (ROOT / "swavkit" / "py.typed").is_file()
+    assert (PACKAGE / "py.typed").is_file()
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     assert setup["options.package_data"]["swavkit"] == "py.typed"
@@ -171,10 +175,58 @@ def test_the_package_is_typed_and_free() -> None:
     assert (ROOT / "LICENSE").read_text(encoding="utf-8").startswith("MIT License")
 
 
+BUILD = """
+from setuptools import build_meta
+build_meta.build_sdist("built")
+build_meta.build_wheel("built")
+"""
+# What is in the folder of the sources and not a source.
+MADE = (".*", "__pycache__", "_build", "*.egg-info", "build", "dist", "runs")
+
+
+def files_below(folder: Path, *names: str) -> set[str]:
+    """Return the files in some folders of a folder, as paths in it."""
+    found = (path for name in names for path in (folder / name).rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix() for path in found}
+
+
+def test_distributions_hold_every_file(tmp_path: Path) -> None:
+    """Also of subpackages: the sdist passes its own tests, and the wheel is the whole package."""
+    pytest.importorskip("setuptools", minversion="77")
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns("swavkit", *MADE))
+    shutil.copytree(PACKAGE, tree / "swavkit", ignore=shutil.ignore_patterns(*MADE))
+    inner = tree / "swavkit" / "one" / "inner"
+    inner.mkdir(parents=True)
+    for package in (inner, inner.parent):
+        (package / "__init__.py").touch()
+    command = [sys.executable, "-c", BUILD]
+    build = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    assert build.returncode == 0, build.stderr
+    with tarfile.open(next(tree.glob("built/*.tar.gz"))) as sdist:
+        held = {name.partition("/")[2] for name in sdist.getnames()}
+    assert files_below(tree, "swavkit", "tests", "docs", "benchmarks") <= held
+    assert {"CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml", "setup.cfg"} <= held
+    with zipfile.ZipFile(next(tree.glob("built/*.whl"))) as wheel:
+        inside = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert inside == files_below(tree, "swavkit")
+    assert {"swavkit/py.typed", "swavkit/one/inner/__init__.py"} <= inside
+
+
 def test_the_core_needs_torch_and_numpy_only() -> None:
     requirements = importlib.metadata.requires("swavkit") or []
     core = [re.split(r"\W", text)[0] for text in requirements if "extra" not in text]
     assert sorted(core) == ["numpy", "torch"]
+
+
+def test_tests_are_skipped_without_other_solvers() -> None:
+    """A file that imports one unconditionally could not be collected without it."""
+    others = {"cv2", "geomloss", "ot", "scipy", "torchvision"}
+    for path in (ROOT / "tests").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        imported = re.findall(r"^(?:from|import) (\w+)", text, flags=re.MULTILINE)
+        guarded = re.findall(r"^pytest\.importorskip\(\s*\"(\w+)", text, flags=re.MULTILINE)
+        assert not (others & set(imported)) - set(guarded), path
 
 
 # Importing it

@@ -18,13 +18,11 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import ot
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy.optimize import linear_sum_assignment, linprog
 
 from swavkit import _plan, sinkhorn_knopp
 from tests import oracles, tolerances
@@ -688,15 +686,16 @@ def assignments(size: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 
     The second best is worse by 1.
     """
+    optimize = pytest.importorskip("scipy.optimize", reason="SciPy is not installed")
     problems, best = [], []
     for seed in itertools.count():
         scores = np.random.default_rng(seed).uniform(-1, 1, (size, size))
-        pairs = linear_sum_assignment(scores, maximize=True)
+        pairs = optimize.linear_sum_assignment(scores, maximize=True)
         others = []
         for pair in zip(*pairs, strict=True):  # every other assignment lacks one of these
             without = scores.copy()
             without[pair] = -1e3
-            others.append(without[linear_sum_assignment(without, maximize=True)].sum())
+            others.append(without[optimize.linear_sum_assignment(without, maximize=True)].sum())
         margin = scores[pairs].sum() - max(others)
         if margin > 0.1:
             problems.append(scores / margin)
@@ -735,6 +734,7 @@ def test_codes_become_the_best_assignment_as_epsilon_vanishes(
 @pytest.mark.parametrize("seed", range(2))
 def test_the_value_of_the_codes_approaches_that_of_the_linear_program(seed: int) -> None:
     """With masses on both sides and any number of samples and prototypes."""
+    optimize = pytest.importorskip("scipy.optimize", reason="SciPy is not installed")
     rng = np.random.default_rng(seed)
     samples, prototypes = 7, 4
     scores = rng.uniform(-1, 1, (samples, prototypes))
@@ -742,7 +742,7 @@ def test_the_value_of_the_codes_approaches_that_of_the_linear_program(seed: int)
         rng.dirichlet(np.ones(samples)),
         rng.dirichlet(np.ones(prototypes)),
     )
-    program = linprog(
+    program = optimize.linprog(
         -scores.ravel(),
         A_eq=np.concatenate(
             [
@@ -776,6 +776,7 @@ def test_the_value_of_the_codes_approaches_that_of_the_linear_program(seed: int)
 def test_converged_codes_are_the_plan_of_python_optimal_transport(
     shape: tuple[int, int], epsilon: float
 ) -> None:
+    ot = pytest.importorskip("ot", reason="POT is not installed")
     rng = np.random.default_rng(0)
     scores = rng.uniform(-1, 1, shape)
     sample_weight, prototype_weight = (rng.uniform(0.25, 4, count) for count in shape)

@@ -644,7 +644,7 @@ def test_no_value_is_read_on_the_host(device: torch.device, weighted: bool) -> N
 def test_shapes_and_dtypes_are_known_without_values() -> None:
     with torch.device("meta"):
         criterion = SwAVLoss(DIMENSION, PROTOTYPES, queue_length=10, freeze_steps=2)
-        optimizer = torch.optim.AdamW(criterion.parameters())
+        optimizer = torch.optim.SGD(criterion.parameters(), lr=0.1, momentum=0.9)
         features = torch.empty(3, 8, DIMENSION, requires_grad=True)
         loss, details = criterion(
             features, sample_weight=torch.empty(8, dtype=torch.bool), return_details=True
