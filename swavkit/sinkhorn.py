@@ -31,7 +31,7 @@ from swavkit._agreement import Agreement
 from swavkit._distributed import GroupHandle, participants, sum_over_ranks
 from swavkit._iterations import find_u
 from swavkit._memory import empty
-from swavkit._plan import Plan, codes_at_once, fits_at_once, parts_of
+from swavkit._plan import Masses, Plan, codes_at_once, fits_at_once, parts_of
 from swavkit._precision import at_least_float32, autocast_disabled
 from swavkit.marginals import masses, refuse_bad_values
 
@@ -151,8 +151,10 @@ def _codes(
                 problems = scores.flatten(0, -3)
                 problems = problems[0] if len(problems) == 1 else problems
             if strict and alone and fits_at_once(problems, iterations):
-                codes.append(codes_at_once(problems, epsilon, iterations))
+                found = codes_at_once(problems, epsilon, iterations)
+                codes.append((one_hot(found) if hard else found).to(scores.dtype))
                 continue
+            leading = problems.shape[:-2]
             codes.append(empty(problems.shape, scores.dtype, scores))
             dtype = at_least_float32(scores.dtype)
             sample_mass = masses(sample_weight, scores.shape[:-1], scores.device, dtype)
@@ -161,7 +163,7 @@ def _codes(
                 Plan(
                     problems.__getitem__,
                     parts_of(problems),
-                    sample_mass.view(problems.shape[:-1]),  # r
+                    Masses(*(each.view(*leading, each.shape[-1]) for each in sample_mass)),  # r
                     scores.shape[-1],
                     weighted=sample_weight is not None,
                     graded=any(weight.is_floating_point() for weight in weights),
@@ -171,16 +173,16 @@ def _codes(
             )
             prototype_mass = None
             if prototype_weight is not None:
-                prototype_mass = masses(prototype_weight, scores.shape[-1:], scores.device, dtype)
-                prototype_mass /= prototype_mass.sum()  # (K,), c
+                log_mass, _ = masses(prototype_weight, scores.shape[-1:], scores.device, dtype)
+                prototype_mass = log_mass.softmax(dim=-1)  # (K,), c
             prototype_masses.append(prototype_mass)
         if plans:
             find_u(plans, prototype_masses, iterations, relaxation, tolerance, group, rider)
         for plan in plans:
-            plan.codes()
+            plan.codes(one_hot if hard else None)
         if several[0].dim() > 2:
             codes = [each.view(scores.shape) for each, scores in zip(codes, several, strict=True)]
-        return [one_hot(each) for each in codes] if hard else codes
+        return codes
 
 
 class SinkhornKnopp(nn.Module):
