@@ -14,17 +14,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from swavkit._arithmetic import (
+    PARTS_OF_A_PRODUCT,
+    exponentials,
+    flaws_of,
+    products,
+    scale_and_rate,
+)
+from swavkit._arithmetic import _over_prototypes as _over_prototypes
+from swavkit._arithmetic import _over_samples as _over_samples
 from swavkit._device import on_cpu
 from swavkit._memory import empty
 from swavkit._precision import at_least_float32
-from swavkit._products import _PARTS_OF_A_PRODUCT, _flaws, _products
-from swavkit._products import _over_prototypes as _over_prototypes
-from swavkit._products import _over_samples as _over_samples
-
-# Scores are multiplied by this before anything else, so that no difference of a few overflows, and
-# divided by ε last: what overflows then is too far below the largest exponent of its row to count.
-# Where ε is above 1 they are first divided by it, so that what is added to them does not either.
-_SCALE = 2.0**-3
 
 # The ranges of u and v can grow with each scaling, by up to B·K if all masses are equal. For so
 # many scalings they stay inside that of float32 at any B·K that fits in memory; then P is computed
@@ -71,8 +72,8 @@ class Plan:
     f. It lies in the memory of the codes. Where they have none, or one too narrow for the
     arithmetic, P is computed each time it is needed, in the memory of one part.
 
-    S and f are scaled, as ``_SCALE`` says, and what is added to them is too: S + f of a row is
-    taken relative to its largest before it is divided by ε, so that no finite scores overflow.
+    S, f and what is added to them are scaled, see ``_arithmetic.py``; S + f of a row is taken
+    relative to its largest before it is divided by ε, so that no finite scores overflow.
 
     A sample with a NaN or an infinite score is left out: its mass is 0, and its code NaN, or zeros
     if it was absent anyway.
@@ -88,11 +89,6 @@ class Plan:
         codes: (B, K) or (N, B, K), memory for the codes, if they are wanted as a whole.
         memory: For P of a part without that, flat. Between two calls others may write there.
     """
-
-    f: Tensor
-    u: Tensor
-    mass: Tensor
-    log_factor: Tensor | None
 
     def __init__(
         self,
@@ -112,11 +108,12 @@ class Plan:
         self.all_codes = codes
         self.weighted, self.graded = weighted, graded
         dtype = self.log_mass.dtype
-        self.scale_of_scores, self.rate = _scale_and_rate(epsilon, dtype)
+        self.scale_of_scores, self.rate = scale_and_rate(epsilon, dtype)
         self.temperature = epsilon * self.scale_of_scores
         self.lowest = torch.finfo(dtype).min / 4  # a scaled score that does not count
         self.shape = (*self.log_mass.shape[:-1], num_prototypes)
         self.scalings = 0  # by u, of one P
+        self.log_factor: Tensor | None = None  # of u, if it may be out of range
         self.flaw = torch.empty_like(self.log_mass)
         self.level = torch.empty_like(self.log_mass)  # the largest S + f of a row; NaN by a flaw
 
@@ -170,7 +167,7 @@ class Plan:
 
         None of the r_i exp((S_ij + f_j)/ε) may be above 1.
         """
-        self.f, self.u, self.log_factor = f, torch.ones_like(f), None
+        self.f, self.u = f, torch.ones_like(f)
         self.mass = self.log_mass.exp()
         if self.graded:  # as above, and masses below the range of floating point too
             root = (self.log_mass / 2).exp_()
@@ -184,7 +181,7 @@ class Plan:
 
         A prototype without a mass stays as it is: none is wanted there, or nobody is present.
         """
-        if self.graded:  # the factor may be out of range
+        if self.graded:
             self.log_factor = (wanted.log() - masses.log()).masked_fill_(masses == 0, 0)
         else:
             self.u = self.u * (wanted / masses).masked_fill_(masses == 0, 1)
@@ -233,7 +230,7 @@ class Plan:
 
     def relax(self, f: Tensor) -> None:
         """Set all of u, as ``f`` (..., K)."""
-        self.f, self.u, self.log_factor = f, torch.ones_like(f), None
+        self.f, self.u = f, torch.ones_like(f)
         self.holds_p = self.knows_level = False
 
     def log_masses(self) -> Tensor:
@@ -241,7 +238,11 @@ class Plan:
 
         All of u must be in ``f``.
         """
-        return self._over_blocks(self._log_masses_of, self._sum_of_logs, -math.inf)
+        return self._over_blocks(
+            self._log_masses_of,
+            lambda *both, out: out.copy_(self.sum_of_logs(torch.stack(both), 0)),
+            -math.inf,
+        )
 
     def sum_of_logs(self, values: Tensor, dim: int) -> Tensor:
         """Return ε log Σ exp(values/ε), of scaled values, which are overwritten."""
@@ -249,9 +250,6 @@ class Plan:
         largest = values.amax(dim=dim, keepdim=True).clamp_(min=lowest)
         sums = values.sub_(largest).mul_(self.rate).exp_().sum(dim=dim)
         return sums.log_().mul_(self.temperature).add_(largest.squeeze(dim))
-
-    def _sum_of_logs(self, one: Tensor, other: Tensor, out: Tensor) -> None:
-        out.copy_(self.sum_of_logs(torch.stack([one, other]), 0))
 
     def _absorb(self) -> None:
         """Move u into f, but for what rounding loses there, which stays in u."""
@@ -288,7 +286,7 @@ class Plan:
 
     def _largest_of(self, block: Block) -> Tensor:
         scores = self.scores(block.part)
-        block.flaw.copy_(_flaws(scores))
+        block.flaw.copy_(flaws_of(scores))
         added = block.flaw
         if self.weighted:
             added = torch.add(added, block.log_mass, alpha=self.temperature)
@@ -336,7 +334,7 @@ class Plan:
         return entries.sub_(level).mul_(self.rate).exp_().nan_to_num_(0)
 
     def _exponentials_of(self, block: Block, entries: Tensor) -> Tensor:
-        largest = _exponentials(entries, self.rate, _LOG_UNIT_OF_P if self.graded else 0)
+        largest = exponentials(entries, self.rate, _LOG_UNIT_OF_P if self.graded else 0)
         torch.add(largest, block.flaw, out=self.level[block.part])
         return largest
 
@@ -354,19 +352,19 @@ def codes_at_once(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     """
     dtype = at_least_float32(scores.dtype)
     lowest = torch.finfo(dtype).min / 4
-    scale, rate = _scale_and_rate(epsilon, dtype)
-    flaw = _flaws(scores).to(dtype).unsqueeze(-1)
+    scale, rate = scale_and_rate(epsilon, dtype)
+    flaw = flaws_of(scores).to(dtype).unsqueeze(-1)
     entries = torch.add(flaw, scores, alpha=scale)
     entries.nan_to_num_(lowest, lowest, lowest)
     entries.sub_(entries.amax(dim=-2, keepdim=True))
-    largest = _exponentials(entries, rate)
+    largest = exponentials(entries, rate)
     factor = flaw.exp_()  # NaN or 1, what a code must sum to
     sample_mass = factor.squeeze(-1).nan_to_num(0)
     v = largest.mul_(rate).exp_().mul_(sample_mass)
     transposed = entries.mT
     for _ in range(iterations):
-        u = _products(transposed, v).reciprocal_()
-        sums = _products(entries, u)
+        u = products(transposed, v).reciprocal_()
+        sums = products(entries, u)
         v = sample_mass / sums
     return entries.mul_(u.unsqueeze(-2)).mul_(factor.div_(sums.unsqueeze(-1)))
 
@@ -384,7 +382,7 @@ def parts_of(scores: Tensor) -> list[Part]:
     ):
         return [(slice(None),) * (scores.dim() - 1)]
     rows = min(_SAMPLES_OF_A_BLOCK, _ENTRIES_OF_A_BLOCK // prototypes)
-    rows = max(rows - rows % _PARTS_OF_A_PRODUCT, 1)
+    rows = max(rows - rows % PARTS_OF_A_PRODUCT, 1)
     return [
         (*problem, slice(first, first + rows))
         for problem in itertools.product(*map(range, number))
@@ -400,21 +398,3 @@ def _of(vectors: Tensor, block: Block) -> Tensor:
 def _row(vectors: Tensor, block: Block) -> Tensor:
     """Return those of the vectors (..., K) that belong to the block, (..., 1, K)."""
     return _of(vectors, block).unsqueeze(-2)
-
-
-def _exponentials(entries: Tensor, rate: float, log_unit: float = 0) -> Tensor:
-    """Replace entries by exp(rate · (entries - largest)), and return these, (..., b).
-
-    They are the largest of the rows, but for a factor of e to the power ``log_unit``.
-    """
-    largest = entries.amax(dim=-1, keepdim=True)
-    if log_unit:
-        largest -= log_unit / rate
-    entries.sub_(largest).mul_(rate).exp_()
-    return largest.squeeze(-1)
-
-
-def _scale_and_rate(epsilon: float, dtype: torch.dtype) -> tuple[float, float]:
-    """Return what scores are multiplied by, and what then, so that they are divided by ε."""
-    scale = _SCALE / max(1, epsilon)
-    return scale, min(1 / (scale * epsilon), torch.finfo(dtype).max)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from swavkit import SinkhornKnopp, _plan, _products, sinkhorn_knopp
+from swavkit import SinkhornKnopp, _arithmetic, _plan, sinkhorn_knopp
 from tests import oracles, tolerances
 from tests.modes import CountingBackend, LargestTensor, RefuseSynchronisation
 from tests.strategies import (
@@ -574,9 +574,9 @@ def small_blocks() -> Iterator[None]:
     with (
         patch.object(_plan, "_ENTRIES_OF_A_BLOCK", 20),
         patch.object(_plan, "_SAMPLES_OF_A_BLOCK", 4),
-        patch.object(_plan, "_PARTS_OF_A_PRODUCT", 2),
-        patch.object(_products, "_PARTS_OF_A_PRODUCT", 2),
-        patch.object(_products, "_ENTRIES_OF_A_PART", 4),
+        patch.object(_plan, "PARTS_OF_A_PRODUCT", 2),
+        patch.object(_arithmetic, "PARTS_OF_A_PRODUCT", 2),
+        patch.object(_arithmetic, "_ENTRIES_OF_A_PART", 4),
         patch.object(_plan, "_ENTRIES_AT_ONCE", 0),
     ):
         yield
