@@ -331,11 +331,11 @@ class Plan:
             scores = self.scores(block.part)
         f, level = _row(self.f, block), self.level[block.part].unsqueeze(-1)
         entries = torch.add(f, scores, alpha=self.scale_of_scores, out=block.entries)
-        return entries.sub_(level).mul_(self.rate).exp_().nan_to_num_(0)
+        return entries.sub_(level).mul_(self.rate).exp_().nan_to_num_(1)
 
     def _exponentials_of(self, block: Block, entries: Tensor) -> Tensor:
         largest = exponentials(entries, self.rate, _LOG_UNIT_OF_P if self.graded else 0)
-        torch.add(largest, block.flaw, out=self.level[block.part])
+        self.level[block.part] = largest + block.flaw
         return largest
 
 

@@ -278,7 +278,7 @@ def payloads(rank: int, part: dict[str, Any]) -> list[int]:
 def test_all_problems_share_few_collectives_of_a_number_per_prototype(
     ranks: Ranks, iterations: int, synchronize: bool, calls: int
 ) -> None:
-    # Two for the first iteration, one for each of the others.
+    # Two for the first iteration, with the largest mass in one of them; one for each of the others.
     parts = [
         {
             "scores": cosines(rank, 2, size, 5),
@@ -286,7 +286,8 @@ def test_all_problems_share_few_collectives_of_a_number_per_prototype(
         }
         for rank, size in enumerate((30, 0, 7))
     ]
-    assert ranks.run(payloads, parts) == [[2 * 5] * calls] * 3
+    expected = [2 * (5 + 1)] + [2 * 5] * (calls - 1) if calls else []
+    assert ranks.run(payloads, parts) == [expected] * 3
 
 
 def alone_in_the_world(rank: int, features: np.ndarray) -> tuple[list[int], np.ndarray, np.ndarray]:
