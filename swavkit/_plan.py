@@ -81,7 +81,7 @@ class Plan:
     Args:
         scores: Gives the scores (..., b, K) of a part.
         parts: What is computed at a time; see :func:`parts_of`.
-        sample_mass: (B,) or (N, B), r, in the dtype of all arithmetic; overwritten.
+        sample_mass: Of (B,) or (N, B) samples, r, in the dtype of all arithmetic; overwritten.
         num_prototypes: K.
         weighted: Whether a mass may be 0.
         graded: Whether masses of samples or of prototypes may differ in another way than that.

@@ -84,7 +84,8 @@ def sinkhorn_knopp(
         tolerance: Stop as soon as :func:`~swavkit.marginal_error` is at most this, for all
             problems. Reads a value on the host after each iteration, which makes an accelerator
             wait and cannot be compiled. Not with a finite ``relaxation``, which never gets there.
-        hard: Whether to round each code to the prototype of its largest entry.
+        hard: Whether to round each code to the prototype of its largest entry, the largest before
+            it is rounded to the dtype of ``scores``.
         validate: Whether to look at the values of scores and weights and refuse bad ones, on all
             processes if one has any. Makes an accelerator wait and cannot be compiled.
 
@@ -92,9 +93,11 @@ def sinkhorn_knopp(
         (..., B, K) codes in the dtype of ``scores``, without gradient. Without ``validate`` no
         value is checked: a sample with a NaN or an infinite score gets NaN codes, and the others
         those that they have without it; a negative, NaN or infinite weight makes every code NaN;
-        and where no sample is present, the code of an absent one is softmax(S/ε + log c). S/ε is
-        rounded in float32 (float64 for float64 scores), which limits the accuracy of an entry to
-        about 6e-8 · max|S| / ε.
+        and where no sample is present, the code of an absent one is softmax(S/ε + log c). Any
+        finite scores have codes, the lowest number of a dtype too, which forbids a prototype to a
+        sample. Differences of scores are rounded in float32 (float64 for float64 scores), which
+        limits the accuracy of an entry to about 6e-8 · max|S - max_i S| / ε. Weights of samples may
+        span 40 decades.
 
     Raises:
         TypeError: If ``scores`` is no floating tensor or a weight is neither bool nor floating.

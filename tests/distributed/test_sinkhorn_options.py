@@ -484,6 +484,21 @@ def test_any_split_has_the_marginal_error_of_the_whole_batch(
         np.testing.assert_allclose(error, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("decades", [(-40, -40, -40), (37, 38, 38), (-40, 3, 20)], ids=str)
+def test_the_marginal_error_knows_weights_of_different_decades(
+    start_ranks: Callable[[int], Ranks], decades: tuple[int, ...]
+) -> None:
+    codes = dirichlet(3, 12, 5).astype(np.float32)
+    weight = np.repeat([10.0**power for power in decades], 4).astype(np.float32)
+    parts = [
+        {"codes": part, "sample_weight": of_part}
+        for part, of_part in zip(np.split(codes, 3), np.split(weight, 3), strict=True)
+    ]
+    expected = oracles.marginal_error(codes.astype(float), weight.astype(float))
+    for error, _ in start_ranks(3).run(error_of_part, parts):
+        np.testing.assert_allclose(error, expected, rtol=1e-4)
+
+
 @pytest.mark.parametrize("weight", [None, 0.0])
 def test_nobody_on_any_rank_has_no_marginal_error(ranks: Ranks, weight: float | None) -> None:
     sizes = (0, 0, 0) if weight is None else (4, 0, 3)
