@@ -31,7 +31,7 @@ from swavkit._agreement import Agreement
 from swavkit._distributed import GroupHandle, participants
 from swavkit._iterations import find_u
 from swavkit._memory import empty
-from swavkit._plan import Plan, codes_at_once, fits_at_once, parts_of
+from swavkit._plan import Masses, Plan, codes_at_once, fits_at_once, parts_of
 from swavkit._precision import at_least_float32, autocast_disabled
 from swavkit.marginals import masses, refuse_bad_values
 
@@ -84,7 +84,8 @@ def sinkhorn_knopp(
         tolerance: Stop as soon as :func:`~swavkit.marginal_error` is at most this, for all
             problems. Reads a value on the host after each iteration, which makes an accelerator
             wait and cannot be compiled. Not with a finite ``relaxation``, which never gets there.
-        hard: Whether to round each code to the prototype of its largest entry.
+        hard: Whether to round each code to the prototype of its largest entry, the largest before
+            it is rounded to the dtype of ``scores``.
         validate: Whether to look at the values of scores and weights and refuse bad ones, on all
             processes if one has any. Makes an accelerator wait and cannot be compiled.
 
@@ -92,9 +93,11 @@ def sinkhorn_knopp(
         (..., B, K) codes in the dtype of ``scores``, without gradient. Without ``validate`` no
         value is checked: a sample with a NaN or an infinite score gets NaN codes, and the others
         those that they have without it; a negative, NaN or infinite weight makes every code NaN;
-        and where no sample is present, the code of an absent one is softmax(S/ε + log c). S/ε is
-        rounded in float32 (float64 for float64 scores), which limits the accuracy of an entry to
-        about 6e-8 · max|S| / ε.
+        and where no sample is present, the code of an absent one is softmax(S/ε + log c). Any
+        finite scores have codes, the lowest number of a dtype too, which forbids a prototype to a
+        sample. Differences of scores are rounded in float32 (float64 for float64 scores), which
+        limits the accuracy of an entry to about 6e-8 · max|S - max_i S| / ε. Weights of samples may
+        span 40 decades.
 
     Raises:
         TypeError: If ``scores`` is no floating tensor or a weight is neither bool nor floating.
@@ -151,8 +154,10 @@ def _codes(
                 problems = scores.flatten(0, -3)
                 problems = problems[0] if len(problems) == 1 else problems
             if strict and alone and fits_at_once(problems, iterations):
-                codes.append(codes_at_once(problems, epsilon, iterations))
+                found = codes_at_once(problems, epsilon, iterations)
+                codes.append((one_hot(found) if hard else found).to(scores.dtype))
                 continue
+            leading = problems.shape[:-2]
             codes.append(empty(problems.shape, scores.dtype, scores))
             dtype = at_least_float32(scores.dtype)
             sample_mass = masses(sample_weight, scores.shape[:-1], scores.device, dtype)
@@ -161,7 +166,7 @@ def _codes(
                 Plan(
                     problems.__getitem__,
                     parts_of(problems),
-                    sample_mass.view(problems.shape[:-1]),  # r
+                    Masses(*(each.view(*leading, each.shape[-1]) for each in sample_mass)),  # r
                     scores.shape[-1],
                     weighted=sample_weight is not None,
                     graded=any(weight.is_floating_point() for weight in weights),
@@ -171,16 +176,16 @@ def _codes(
             )
             prototype_mass = None
             if prototype_weight is not None:
-                prototype_mass = masses(prototype_weight, scores.shape[-1:], scores.device, dtype)
-                prototype_mass /= prototype_mass.sum()  # (K,), c
+                log_mass, _ = masses(prototype_weight, scores.shape[-1:], scores.device, dtype)
+                prototype_mass = log_mass.softmax(dim=-1)  # (K,), c
             prototype_masses.append(prototype_mass)
         if plans:
             find_u(plans, prototype_masses, iterations, relaxation, tolerance, group, rider)
         for plan in plans:
-            plan.codes()
+            plan.codes(one_hot if hard else None)
         if several[0].dim() > 2:
             codes = [each.view(scores.shape) for each, scores in zip(codes, several, strict=True)]
-        return [one_hot(each) for each in codes] if hard else codes
+        return codes
 
 
 class SinkhornKnopp(nn.Module):

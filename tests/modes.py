@@ -21,6 +21,20 @@ class RefuseSynchronisation(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class RefuseSoftmaxOverRows(TorchDispatchMode):
+    """Raises an error at a softmax over another dimension than the last.
+
+    An accelerator spreads it badly, where other reductions over rows are spread well.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if "softmax" in func.name() and args[1] not in (-1, args[0].dim() - 1):
+            raise RuntimeError(f"{func} over dimension {args[1]}")
+        return func(*args, **(kwargs or {}))
+
+
 class CountingBackend:
     """Counts the graphs that torch.compile makes from now on, and runs them as they are."""
 
