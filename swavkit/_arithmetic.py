@@ -84,7 +84,7 @@ def flaws_of(scores: Tensor) -> Tensor:
     return total - total
 
 
-def exponentials(entries: Tensor, rate: float, log_unit: float = 0) -> Tensor:
+def exponentials(entries: Tensor, rate: float | Tensor, log_unit: float = 0) -> Tensor:
     """Replace entries by exp(rate · (entries - largest)), and return these, (..., b).
 
     They are the largest of the rows, but for a factor of e to the power ``log_unit``.
@@ -96,7 +96,13 @@ def exponentials(entries: Tensor, rate: float, log_unit: float = 0) -> Tensor:
     return largest.squeeze(-1)
 
 
-def scale_and_rate(epsilon: float, dtype: torch.dtype) -> tuple[float, float]:
+def scale_and_rate(
+    epsilon: float | Tensor, dtype: torch.dtype
+) -> tuple[float | Tensor, float | Tensor]:
     """Return what scores are multiplied by, and what then, so that they are divided by ε."""
-    scale = _SCALE / max(1, epsilon)
-    return scale, min(1 / (scale * epsilon), torch.finfo(dtype).max)
+    most = torch.finfo(dtype).max
+    if isinstance(epsilon, Tensor):
+        scale = _SCALE / epsilon.clamp(min=1)
+        return scale, (scale * epsilon).reciprocal().clamp(max=most)
+    factor = _SCALE / max(1, epsilon)
+    return factor, min(1 / (factor * epsilon), most)

@@ -28,15 +28,15 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def reciprocal(setting: float, device: torch.device) -> float | Tensor:
-    """Return ``1 / setting``: a number, or a 0-dim tensor while torch.compile traces.
+def traceable(setting: float, device: torch.device) -> float | Tensor:
+    """Return a setting as it is, or as a 0-dim tensor while torch.compile traces.
 
     Traced as a number, a setting that changes would become a constant of a cached graph, which then
-    keeps an old value, or compile anew with every value.
+    keeps an old value, or is compiled anew for every value.
     """
     if not torch.compiler.is_compiling():
-        return 1 / setting
-    return torch.ones((), dtype=torch.float64, device=device).div(setting)
+        return setting
+    return torch.ones((), dtype=torch.float64, device=device) * setting
 
 
 def scaled_sum(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from swavkit._device import traceable
 from swavkit._distributed import (
     gather_over_ranks,
     in_one_collective,
@@ -144,7 +145,8 @@ def _iterate_relaxed(
         for plan, share, log_sum, total in zip(plans, wanted, log_sums, totals, strict=True):
             log_total = total[..., -1:]
             log_sum = (log_sum - log_total).masked_fill_(log_total == -math.inf, 0)  # nobody
-            strength = relaxation / (relaxation + plan.epsilon)
+            rho = traceable(relaxation, share.device)
+            strength = rho / (rho + plan.epsilon)
             f = strength * (share.log() * plan.temperature - log_sum)
             plan.relax(f.masked_fill_(share == 0, -math.inf))
 

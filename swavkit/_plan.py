@@ -23,7 +23,7 @@ from swavkit._arithmetic import (
 )
 from swavkit._arithmetic import _over_prototypes as _over_prototypes
 from swavkit._arithmetic import _over_samples as _over_samples
-from swavkit._device import on_cpu
+from swavkit._device import on_cpu, scaled_sum, traceable
 from swavkit._memory import empty
 from swavkit._precision import at_least_float32
 
@@ -103,13 +103,14 @@ class Plan:
         codes: Tensor | None = None,
         memory: Tensor | None = None,
     ) -> None:
-        self.scores, self.epsilon = scores, epsilon
+        self.scores = scores
         self.log_mass, self.log_largest_mass = sample_mass
+        self.epsilon = traceable(epsilon, self.log_mass.device)
         self.all_codes = codes
         self.weighted, self.graded = weighted, graded
         dtype = self.log_mass.dtype
-        self.scale_of_scores, self.rate = scale_and_rate(epsilon, dtype)
-        self.temperature = epsilon * self.scale_of_scores
+        self.scale_of_scores, self.rate = scale_and_rate(self.epsilon, dtype)
+        self.temperature = self.epsilon * self.scale_of_scores
         self.lowest = torch.finfo(dtype).min / 4  # a scaled score that does not count
         self.shape = (*self.log_mass.shape[:-1], num_prototypes)
         self.scalings = 0  # by u, of one P
@@ -281,7 +282,7 @@ class Plan:
 
     def _scaled(self, block: Block, scores: Tensor, added: Tensor) -> Tensor:
         """Compute S with ``added`` (..., b) on top, scaled, and ``lowest`` where that is NaN."""
-        torch.add(added.unsqueeze(-1), scores, alpha=self.scale_of_scores, out=block.entries)
+        scaled_sum(added.unsqueeze(-1), scores, self.scale_of_scores, out=block.entries)
         return block.entries.nan_to_num_(self.lowest, self.lowest, self.lowest)
 
     def _largest_of(self, block: Block) -> Tensor:
@@ -289,7 +290,7 @@ class Plan:
         block.flaw.copy_(flaws_of(scores))
         added = block.flaw
         if self.weighted:
-            added = torch.add(added, block.log_mass, alpha=self.temperature)
+            added = scaled_sum(added, block.log_mass, self.temperature)
         return self._scaled(block, scores, added).amax(dim=-2)
 
     def _sums_before_division(self, block: Block, scores: Tensor | None = None) -> Tensor:
@@ -330,7 +331,7 @@ class Plan:
         if scores is None:
             scores = self.scores(block.part)
         f, level = _row(self.f, block), self.level[block.part].unsqueeze(-1)
-        entries = torch.add(f, scores, alpha=self.scale_of_scores, out=block.entries)
+        entries = scaled_sum(f, scores, self.scale_of_scores, out=block.entries)
         return entries.sub_(level).mul_(self.rate).exp_().nan_to_num_(1)
 
     def _exponentials_of(self, block: Block, entries: Tensor) -> Tensor:
@@ -352,9 +353,9 @@ def codes_at_once(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     """
     dtype = at_least_float32(scores.dtype)
     lowest = torch.finfo(dtype).min / 4
-    scale, rate = scale_and_rate(epsilon, dtype)
+    scale, rate = scale_and_rate(traceable(epsilon, scores.device), dtype)
     flaw = flaws_of(scores).to(dtype).unsqueeze(-1)
-    entries = torch.add(flaw, scores, alpha=scale)
+    entries = scaled_sum(flaw, scores, scale)
     entries.nan_to_num_(lowest, lowest, lowest)
     entries.sub_(entries.amax(dim=-2, keepdim=True))
     largest = exponentials(entries, rate)

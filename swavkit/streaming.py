@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from swavkit._block_scores import BlockScores, find_memory
-from swavkit._device import reciprocal
+from swavkit._device import traceable
 from swavkit._iterations import find_u
 from swavkit._known_gradients import LossWithGradients
 from swavkit._plan import Plan
@@ -124,7 +124,7 @@ def _loss(
     """Return the loss, and its gradients for features and directions where they are asked for."""
     features, directions = scores.features, scores.directions
     views = len(features)
-    inverse_temperature = reciprocal(temperature, features.device)
+    inverse_temperature = 1 / traceable(temperature, features.device)
     share = shares(sample_weight, features[0]) / (len(scores.of_codes) * (views - 1))
     factor = share * -inverse_temperature
     # In float16 the product of a feature and its share could underflow.

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from swavkit import _checks
-from swavkit._device import on_cpu, reciprocal, scaled_sum
+from swavkit._device import on_cpu, scaled_sum, traceable
 from swavkit._known_gradients import LossOfFactors, LossOfScores
 from swavkit._precision import at_least_float32, autocast_disabled
 
@@ -240,7 +240,7 @@ def _loss_and_factor(
     with torch.no_grad(), autocast_disabled(scores[0].device):
         share = shares(sample_weight, scores[0])
         errors, scales = torch.empty_like(share), torch.empty_like(share)
-        inverse_temperature = reciprocal(temperature, share.device)
+        inverse_temperature = 1 / traceable(temperature, share.device)
         for rows in _blocks(scores[0]):
             errors[rows], scales[rows] = errors_of_samples(
                 [view[rows] for view in scores],
