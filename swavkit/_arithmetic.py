@@ -77,10 +77,12 @@ def _parts_of_a_product(entries: Tensor) -> int:
 def flaws_of(scores: Tensor) -> Tensor:
     """Return (..., b), NaN for a sample with a score of (..., b, K) that is not finite, else 0."""
     factor = scores.new_full((scores.shape[-1],), _SCALE_OF_A_SUM)
-    if scores.dim() == 2 or not scores.is_contiguous():  # no copy
-        total = products(scores, factor.expand(*scores.shape[:-2], -1))
-    else:
+    if scores.dim() == 2:
+        total = torch.mv(scores, factor)
+    elif scores.is_contiguous():
         total = torch.mv(scores.flatten(0, -2), factor).view(scores.shape[:-1])
+    else:  # without a copy
+        total = torch.stack([torch.mv(each, factor) for each in scores])
     return total - total
 
 
