@@ -26,7 +26,7 @@ _ENTRIES_OF_A_PART = 2**15
 _PROTOTYPES_OF_A_PRODUCT = 2**14
 
 
-def _over_prototypes(entries: Tensor, u: Tensor) -> Tensor:
+def over_prototypes(entries: Tensor, u: Tensor) -> Tensor:
     """Return Σ_j P_ij u_j, (..., b), for entries (..., b, K) and u (..., K)."""
     parts = _parts_of_a_product(entries)
     if parts == 1:
@@ -39,7 +39,7 @@ def _over_prototypes(entries: Tensor, u: Tensor) -> Tensor:
     return torch.stack(sums).sum(dim=0).view(entries.shape[:-1])
 
 
-def _over_samples(entries: Tensor, v: Tensor) -> Tensor:
+def over_samples(entries: Tensor, v: Tensor) -> Tensor:
     """Return Σ_i P_ij v_i, (..., K), for entries (..., b, K) and v (..., b)."""
     parts = _parts_of_a_product(entries)
     if parts == 1:

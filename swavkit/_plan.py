@@ -18,11 +18,11 @@ from swavkit._arithmetic import (
     PARTS_OF_A_PRODUCT,
     exponentials,
     flaws_of,
+    over_prototypes,
+    over_samples,
     products,
     scale_and_rate,
 )
-from swavkit._arithmetic import _over_prototypes as _over_prototypes
-from swavkit._arithmetic import _over_samples as _over_samples
 from swavkit._device import on_cpu, scaled_sum, traceable
 from swavkit._memory import empty
 from swavkit._precision import at_least_float32
@@ -30,7 +30,7 @@ from swavkit._precision import at_least_float32
 # The ranges of u and v can grow with each scaling, by up to B·K if all masses are equal. For so
 # many scalings they stay inside that of float32 at any B·K that fits in memory; then P is computed
 # anew. Masses that differ let them grow by as much more; then P is new each time.
-_SCALINGS_OF_ONE_P = 5
+SCALINGS_OF_ONE_P = 5
 
 # Masses of samples that differ may span 40 decades, which these factors of masses, of u and of P
 # keep within the range of float32.
@@ -194,7 +194,7 @@ class Plan:
         They do not tell how u is spread over ``f`` and ``u``, which may differ from process to
         process.
         """
-        if self.graded or self.scalings == _SCALINGS_OF_ONE_P:
+        if self.graded or self.scalings == SCALINGS_OF_ONE_P:
             self._absorb()
         sums = self._over_blocks(self._sums_of, torch.add, 0)
         self.holds_p, self.knows_level = self.keeps_entries, not self.graded
@@ -307,12 +307,12 @@ class Plan:
         largest = self._exponentials_of(block, entries)
         # That of an absent sample may be infinite.
         factor = (largest * self.rate).clamp_(max=-self.lowest).add_(block.log_mass).exp_()
-        return _over_samples(entries, factor)
+        return over_samples(entries, factor)
 
     def _sums_of(self, block: Block) -> Tensor:
         entries = self._p_of(block)
-        v = self.mass[block.part] / _over_prototypes(entries, _of(self.u, block))
-        return _over_samples(entries, v)
+        v = self.mass[block.part] / over_prototypes(entries, _of(self.u, block))
+        return over_samples(entries, v)
 
     def _log_masses_of(self, block: Block) -> Tensor:
         entries = self._sums_before_division(block)
@@ -343,7 +343,7 @@ class Plan:
 def fits_at_once(scores: Tensor, iterations: int) -> bool:
     """Tell whether :func:`codes_at_once` can make the iterations, and is the fastest to do so."""
     small = scores.numel() <= _ENTRIES_AT_ONCE or not on_cpu(scores)
-    return small and iterations <= _SCALINGS_OF_ONE_P and scores.numel() > 0
+    return small and iterations <= SCALINGS_OF_ONE_P and scores.numel() > 0
 
 
 def codes_at_once(scores: Tensor, epsilon: float, iterations: int) -> Tensor:

@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from swavkit._arithmetic import flaws_of, over_prototypes, over_samples
 from swavkit._distributed import gather_over_ranks, max_over_ranks, rank_and_size, sum_over_ranks
 from swavkit._known_gradients import LossOfFactors
-from swavkit._plan import _SCALINGS_OF_ONE_P, _over_prototypes, _over_samples
+from swavkit._plan import SCALINGS_OF_ONE_P
 from swavkit._precision import at_least_float32, autocast_disabled
 
 if TYPE_CHECKING:
@@ -125,10 +126,11 @@ def sharded_codes(
         (A, N, k) in float32, or in float64 for float64 scores.
     """
     dtype = at_least_float32(scores.dtype)
-    in_log_domain = graded or iterations > _SCALINGS_OF_ONE_P
+    in_log_domain = graded or iterations > SCALINGS_OF_ONE_P
     with autocast_disabled(scores.device):
-        total = scores.sum(dim=-1, dtype=dtype)
-        flaw = total - total  # (A, N), NaN for a sample with a score that is not finite, else 0
+        flaw = flaws_of(scores).to(
+            dtype
+        )  # (A, N), NaN for a sample with a score that is not finite, else 0
         exponents = (scores.to(dtype) / epsilon).masked_fill_(flaw.isnan().unsqueeze(-1), 0)
         weight = sample_weight.to(dtype).expand_as(flaw)
         code_mass = (flaw + 1).masked_fill_(flaw.isnan() & (weight == 0), 0)
@@ -146,11 +148,11 @@ def sharded_codes(
                 u = torch.ones_like(log_u).squeeze(-2)
                 sums = plan.sum(dim=-1)
             else:
-                sums = _over_samples(plan, mass * v)
+                sums = over_samples(plan, mass * v)
                 # c, without which u and v would drift away from 1
                 share = mass.sum(dim=-1, keepdim=True) / num_prototypes
                 u = (share / sums).masked_fill_(sums == 0, 1)
-                sums = _over_prototypes(plan, u)
+                sums = over_prototypes(plan, u)
             sums = sum_over_ranks(sums + flaw, group)
             flaw = sums - sums  # that which only another process has seen came with the sum
             mass = mass.masked_fill(flaw.isnan(), 0)

@@ -212,6 +212,7 @@ def prediction_error(
     else:
         logits = torch.empty_like(target)
     scaled_sum(shift, scores, inverse_temperature, out=logits)  # at most 0, but for rounding
+    logits.clamp_(min=torch.finfo(logits.dtype).min)  # 0 times the infinite logit of a mask is NaN
     agreement: Tensor = torch.linalg.vecdot(target, logits)
     predictions = torch.softmax(logits, dim=-1, out=logits)
     # The softmax has divided exp(logits) by their sum: the largest of both tells by what.

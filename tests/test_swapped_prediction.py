@@ -336,6 +336,23 @@ def test_the_error_of_some_samples_of_one_view_and_what_is_left_of_them(
     )
 
 
+@pytest.mark.parametrize("masked", [1, 2])
+@ANY_DTYPE
+def test_a_finite_mask_forbids_prototypes(
+    device: torch.device, dtype: torch.dtype, masked: int
+) -> None:
+    problem = problem_of()
+    scores = torch.tensor(problem.scores, device=device).to(dtype)
+    codes = torch.tensor(problem.codes, device=device)[..., masked:]
+    expected = value_and_gradient(scores[..., masked:], codes)
+    scores[..., :masked] = torch.finfo(dtype).min
+    codes = torch.nn.functional.pad(codes, (masked, 0))
+    loss, gradient = value_and_gradient(scores, codes)
+    torch.testing.assert_close(loss, expected[0], rtol=1e-5, atol=0)
+    assert not gradient[..., :masked].any()
+    torch.testing.assert_close(gradient[..., masked:], expected[1], rtol=0, atol=1e-3)
+
+
 # The gradient that goes to the factors of the scores
 
 
