@@ -312,6 +312,26 @@ def test_a_module_on_another_device_is_named(
         call(module)
 
 
+@pytest.mark.parametrize("memory", ["full", "streamed"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_default_device_does_not_matter(memory: str, weighted: bool) -> None:
+    criterion = SwAVLoss(DIMENSION, (PROTOTYPES, 3), memory=memory, queue_length=12, freeze_steps=1)
+    copied = copy.deepcopy(criterion)
+    weight = torch.tensor([1, 0, 2, 1, 1, 0.5, 1, 1]) if weighted else None
+    for _ in range(3):
+        features = features_of(requires_grad=True)
+        expected = copied(features, sample_weight=weight)
+        gradient = torch.autograd.grad(expected, features)
+        with torch.device("meta"):
+            loss = criterion(features, sample_weight=weight)
+            found = torch.autograd.grad(loss, features)
+        torch.testing.assert_close((loss, found), (expected, gradient), rtol=0, atol=0)
+    scores = torch.randn(VIEWS, 8, PROTOTYPES)
+    with torch.device("meta"):
+        loss = swapped_prediction_loss(scores, scores.softmax(-1), sample_weight=weight)
+    assert loss.isfinite()
+
+
 # Calls beside and within each other
 
 

@@ -862,6 +862,19 @@ def test_a_block_is_of_one_sample_at_least_and_of_a_limited_size() -> None:
     assert_close(found, results(full, features))
 
 
+@pytest.mark.parametrize("prototypes", [3_000, 200_000])
+def test_elsewhere_than_on_a_cpu_a_block_is_as_large_as_its_limit(prototypes: int) -> None:
+    views, samples = 8, 4_096
+    features = torch.empty(views, samples, DIMENSION, device="meta")
+    directions = torch.empty(prototypes, DIMENSION, device="meta")
+    scores = _block_scores.BlockScores(features, directions, None, 2)
+    most = _block_scores._MOST_ENTRIES_OF_A_BLOCK
+    of_a_sample = views * prototypes
+    for rows, parts in scores.blocks[:-1]:
+        assert parts == [rows]
+        assert most - of_a_sample < (rows.stop - rows.start) * of_a_sample <= most
+
+
 def test_a_forward_in_eval_changes_no_state(device: torch.device) -> None:
     streamed, full = streamed_and_full(device, queue_length=10, queue_start=1, freeze_steps=2)
     for criterion in (streamed, full):

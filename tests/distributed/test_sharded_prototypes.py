@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -630,6 +631,15 @@ def test_a_gradient_that_overflows_on_one_process_stops_the_step_of_all(ranks: R
     assert ranks.run(scaled) == [(True, 4.0)] * 3
 
 
+UNSUPPORTED = [
+    ("sinkhorn", "hard", True),
+    ("sinkhorn", "relaxation", 1.0),
+    ("sinkhorn", "tolerance", 0.1),
+    ("sinkhorn", "validate", True),
+    ("", "memory", "streamed"),
+]
+
+
 def refusals(rank: int) -> None:
     features = torch.randn(VIEWS, 4, FEATURES)
     with pytest.raises(ValueError, match="shard_prototypes must be False with synchronize=False"):
@@ -646,6 +656,13 @@ def refusals(rank: int) -> None:
     with pytest.raises(RuntimeError, match="as SwAVLoss made them"):
         criterion(features)
     handle.remove()
+    for owner, name, value in UNSUPPORTED:
+        part = criterion.get_submodule(owner)
+        usual = getattr(part, name)
+        setattr(part, name, value)
+        with pytest.raises(ValueError, match=f"{name} must be .* where prototypes are sharded"):
+            criterion(features)
+        setattr(part, name, usual)
     with pytest.raises(RuntimeError, match="size mismatch for prototypes"):
         criterion.load_state_dict({"prototypes.weight": torch.zeros(K + 1, FEATURES)}, strict=False)
     assert int(criterion.steps) == len(criterion.queue) == 0
@@ -661,3 +678,24 @@ def test_one_process_alone_keeps_all_prototypes() -> None:
     loss, details = criterion.eval()(torch.randn(VIEWS, 4, FEATURES), return_details=True)
     assert isinstance(details, SwAVDetails)
     assert loss.isfinite()
+
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def half_precisions(rank: int) -> None:
+    for of_features, of_queue, of_autocast in itertools.product(HALVES, HALVES, HALVES):
+        criterion = SwAVLoss(
+            FEATURES, K, queue_length=4, queue_dtype=of_queue, shard_prototypes=True
+        )
+        features = torch.randn(VIEWS, 4 + rank, FEATURES, dtype=of_features, requires_grad=True)
+        with torch.autocast("cpu", dtype=of_autocast):
+            for _ in range(2):
+                loss = criterion(list(features), sample_weight=torch.ones(4 + rank).to(of_queue))
+        loss.backward()
+        assert loss.isfinite()
+        assert features.grad is not None
+
+
+def test_any_two_half_precisions_meet_under_autocast(ranks: Ranks) -> None:
+    ranks.run(half_precisions)
