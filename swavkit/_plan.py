@@ -1,7 +1,6 @@
 """The plan of Sinkhorn-Knopp: P = exp(S/ε), scaled, in blocks that stay in the cache.
 
-It knows how to sum masses; which masses are wanted, and how often, is the business of
-``_iterations.py``. It knows of no other processes.
+It sums masses; which ones are wanted, and how often, is decided in ``_iterations.py``.
 """
 
 from __future__ import annotations

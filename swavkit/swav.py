@@ -149,7 +149,8 @@ class SwAVLoss(OwnState):
         super().__init__()
         self.num_code_views = num_code_views
         self.queue_start, self.freeze_steps = queue_start, freeze_steps
-        self.memory, self.reduction = memory, reduction
+        self.memory: Literal["full", "streamed", "auto"] = memory
+        self.reduction: Literal["mean", "global_mean"] = reduction
         self._check_settings()
         queue_length = _checks.non_negative_int("queue_length", queue_length)
         prototypes: Any
@@ -310,9 +311,9 @@ class SwAVLoss(OwnState):
 
     def _check_settings(self) -> None:
         """Refuse bad settings, at construction and where they were changed since."""
-        self.num_code_views = _checks.positive_int("num_code_views", self.num_code_views)
-        self.queue_start = _checks.non_negative_int("queue_start", self.queue_start)
-        self.freeze_steps = _checks.non_negative_int("freeze_steps", self.freeze_steps)
+        _checks.positive_int("num_code_views", self.num_code_views)
+        _checks.non_negative_int("queue_start", self.queue_start)
+        _checks.non_negative_int("freeze_steps", self.freeze_steps)
         _checks.choice("memory", self.memory, ("full", "streamed", "auto"))
         _checks.choice("reduction", self.reduction, ("mean", "global_mean"))
 

@@ -107,11 +107,6 @@ def looked_at(rank: int, looker: str) -> tuple[float, list[int]]:
         together.sinkhorn.register_forward_hook(
             lambda _, given, codes: seen.append((given[0], codes))
         )
-    elif looker == "forward hook on one rank":
-        if rank == 1:
-            together.sinkhorn.register_forward_hook(
-                lambda _, given, codes: seen.append((given[0], codes))
-            )
     else:
         for single in singles:
             single.sinkhorn.epsilon = 0.05
@@ -134,36 +129,27 @@ def looked_at(rank: int, looker: str) -> tuple[float, list[int]]:
             assert len(seen) == len(singles)
             for (scores, codes), of_head in zip(seen, details, strict=True):
                 pairs += [(scores, of_head.scores[:2]), (codes, of_head.codes)]
-        assert bool(seen) == (looker == "forward hook" or (rank == 1 and "one rank" in looker))
+        assert bool(seen) == (looker == "forward hook")
         difference = max([difference, *((one - other).abs().max().item() for one, other in pairs)])
     return difference, sent.numels
 
 
-IN_STEP = [2 * sum(SIZES), 2 * sum(SIZES) + 1, 2 * sum(SIZES), 2 * sum(SIZES)]
-ONE_BY_ONE = [2 * size + (place == 1 and size == SIZES[0]) for size in SIZES for place in range(4)]
+# The number of samples by itself; then for each head a maximum, of masses too, and the sums.
+ONE_BY_ONE = [1, *(2 * (size + (place == 0)) for size in SIZES for place in range(4))]
 
 
-@pytest.mark.parametrize(
-    ("looker", "sent"),
-    [
-        ("forward hook", IN_STEP),
-        ("forward hook on one rank", IN_STEP),
-        ("forward pre-hook", ONE_BY_ONE),
-        ("replaced", ONE_BY_ONE),
-    ],
-)
-def test_codes_that_are_looked_at_or_a_user_s_own_are_right(
-    ranks: Ranks, looker: str, sent: list[int]
-) -> None:
+@pytest.mark.parametrize("looker", ["forward hook", "forward pre-hook", "replaced"])
+def test_codes_that_are_looked_at_or_a_user_s_own_are_right(ranks: Ranks, looker: str) -> None:
     for difference, numels in ranks.run(looked_at, [looker] * 3):
         assert difference < 1e-12
-        assert numels == sent
+        assert numels == ONE_BY_ONE
 
 
-def with_a_pre_hook_on_one_rank(rank: int, sizes: Any) -> str | None:
-    criterion = SwAVLoss(4, sizes)
+def with_a_hook_on_one_rank(rank: int, argument: tuple[Any, str, str]) -> str | None:
+    sizes, hook, reduction = argument
+    criterion = SwAVLoss(4, sizes, reduction=reduction)
     if rank == 1:
-        criterion.sinkhorn.register_forward_pre_hook(lambda module, given: None)
+        getattr(criterion.sinkhorn, f"register_{hook}")(lambda *_: None)
     try:
         criterion(torch.randn(3, 4, 4))
     except ValueError as error:
@@ -171,14 +157,22 @@ def with_a_pre_hook_on_one_rank(rank: int, sizes: Any) -> str | None:
     return None
 
 
-def test_one_rank_that_goes_head_by_head_is_found(ranks: Ranks) -> None:
-    for text in ranks.run(with_a_pre_hook_on_one_rank, [SIZES] * 3):
+@pytest.mark.parametrize("hook", ["forward_hook", "forward_pre_hook"])
+@pytest.mark.parametrize(("sizes", "reduction"), [(SIZES, "mean"), (7, "global_mean")])
+def test_one_rank_that_goes_head_by_head_is_found(
+    ranks: Ranks, sizes: Any, reduction: str, hook: str
+) -> None:
+    for text in ranks.run(with_a_hook_on_one_rank, [(sizes, hook, reduction)] * 3):
         assert text == (
             "whether heads get their codes one by one must be the same on all processes, got False "
-            "on ranks 0, 2 and True on rank 1; they do where sinkhorn is replaced or has forward "
-            "pre-hooks"
+            "on ranks 0, 2 and True on rank 1; they do where sinkhorn is replaced or has hooks, "
+            "which must be so on all ranks"
         )
-    assert ranks.run(with_a_pre_hook_on_one_rank, [7] * 3) == [None] * 3  # which sends the same
+
+
+@pytest.mark.parametrize("hook", ["forward_hook", "forward_pre_hook"])
+def test_one_head_sends_the_same_with_a_hook(ranks: Ranks, hook: str) -> None:
+    assert ranks.run(with_a_hook_on_one_rank, [(7, hook, "mean")] * 3) == [None] * 3
 
 
 # In a model, frozen at first
