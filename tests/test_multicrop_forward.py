@@ -142,8 +142,7 @@ class Encoder(torch.nn.Module):
 
 def train_on_a_rank(rank: int, settings: tuple[bool, np.ndarray]) -> tuple[Any, ...]:
     normalised, images = settings
-    # Each pass would broadcast the running statistics in place, which the backward pass may need.
-    network = DistributedDataParallel(Encoder(normalised), broadcast_buffers=not normalised)
+    network = DistributedDataParallel(Encoder(normalised))
     batch = torch.tensor(images)
     crops = [batch[..., :6, :6], batch, batch[..., 2:, 2:], batch.flip(-1)]
     for _ in range(2):

@@ -156,12 +156,12 @@ def test_boxes_have_the_distribution_of_random_resized_crop():
 
 
 def test_factors_have_the_distribution_of_colour_jitter():
-    stats = pytest.importorskip("scipy.stats", reason="SciPy is not installed")
     jitter = v2.ColorJitter(0.64, 0.64, 0.64, 0.16)
     torch.manual_seed(0)
     drawn = [jitter.make_params([]) for _ in range(3000)]
     uniform = torch.rand(3000, photometric.NUMBERS, generator=seeded(), dtype=torch.float64)
     rows = photometric.draw(PhotometricDistortion(jitter_probability=1), uniform, 3).numpy()
+    stats = pytest.importorskip("scipy.stats", reason="SciPy is not installed")
     names = "brightness_factor", "contrast_factor", "saturation_factor"
     for kind, name in enumerate(names):
         ours = rows[:, 3:6][rows[:, :3] == kind]
