@@ -66,7 +66,7 @@ def torchvision_pipeline(
     from torchvision.transforms import v2
 
     photometric = [
-        v2.RandomApply([v2.ColorJitter(0.64, 0.64, 0.64, 0.16)], p=0.8),
+        v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8),
         v2.RandomGrayscale(p=0.2),
         v2.RandomApply([blur or v2.GaussianBlur(23, sigma=(0.1, 2.0))], p=0.5),
     ][: steps - 1]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from swavkit._device import capturing
 from swavkit._distributed import global_ranks, rank_and_size, sum_over_ranks
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def require_same(
     names = zlib.crc32("\n".join(record).encode())
     numbers = [names, *map(_encoded, record.values())]
     own = torch.zeros(_RECORD, dtype=torch.float64, device=device)
-    own[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64)
+    own[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     for index, value in enumerate(record.values(), start=1):
         if isinstance(value, Tensor):
             own[index] = value
@@ -110,9 +111,9 @@ class Agreement:
         """Call :func:`require_same` if it is time to, or in any case if ``again``.
 
         ``record`` is called only then. Nothing happens in a group of ``None``, and, unless
-        ``again``, under torch.compile.
+        ``again``, under torch.compile and while a CUDA graph is captured, which must not wait.
         """
-        if group is None or (torch.compiler.is_compiling() and not again):
+        if group is None or (not again and (torch.compiler.is_compiling() or capturing(device))):
             return
         if self._group() is not group:
             self._group, self._calls = weakref.ref(group), 0

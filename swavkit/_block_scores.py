@@ -18,8 +18,9 @@ from swavkit._plan import Part, Plan
 from swavkit._precision import at_least_float32
 from swavkit.marginals import masses
 
-# A block is to have so many scores. With few features its products would take as long as reading
-# the prototypes does; so it has more scores, up to a limit, where that gives it so many features.
+# On a CPU a block is to have so many scores. With few features its products would take as long as
+# reading the prototypes does; so it has more scores, up to a limit, where that gives it so many
+# features. Elsewhere every block has the limit: what counts there is how many operations start.
 _ENTRIES_OF_A_BLOCK = 2**21
 _FEATURES_OF_A_BLOCK = 256
 _MOST_ENTRIES_OF_A_BLOCK = 2**26
@@ -61,8 +62,10 @@ class BlockScores:
     def _blocks(self, views: int, first: int, last: int) -> list[Block]:
         """Return the samples from ``first`` up to ``last``, of so many views, in blocks."""
         prototypes = len(self.directions)
-        entries = max(_ENTRIES_OF_A_BLOCK, _FEATURES_OF_A_BLOCK * prototypes)
-        rows = max(min(entries, _MOST_ENTRIES_OF_A_BLOCK) // (views * prototypes), 1)
+        entries = _MOST_ENTRIES_OF_A_BLOCK
+        if self.features.device.type == "cpu":
+            entries = min(entries, max(_ENTRIES_OF_A_BLOCK, _FEATURES_OF_A_BLOCK * prototypes))
+        rows = max(entries // (views * prototypes), 1)
         part = rows
         if on_cpu(self.features):
             part = _ENTRIES_OF_A_PART // (len(self.of_codes) * prototypes)

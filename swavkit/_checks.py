@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Kind = TypeVar("Kind")
 
@@ -21,7 +22,7 @@ Kind = TypeVar("Kind")
 def finite_float(name: str, value: Any) -> float:
     """Return ``value`` as a float if it is a finite number."""
     number = _number(name, value)
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     return number
 
@@ -146,6 +147,7 @@ def no_empty_last_dimension(name: str, value: Tensor, meaning: str) -> None:
 def of_samples_and_prototypes(name: str, value: Any) -> None:
     """Refuse all but a floating tensor (..., B, K) with K > 0: scores, or codes."""
     floating_tensor(name, value)
+    unbatched(name, value)
     min_dimensions(name, value, 2, "(..., samples, prototypes)")
     no_empty_last_dimension(name, value, "prototypes")
 
@@ -164,8 +166,8 @@ def weight(name: str, value: Any, shapes: Sequence[tuple[int, ...]], like: Tenso
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if not (value.is_floating_point() or value.dtype == torch.bool):
         raise TypeError(f"{name} must have a bool or floating-point dtype, got {value.dtype}")
-    if tuple(value.shape) not in shapes:
-        listed = " or ".join(str(tuple(shape)) for shape in dict.fromkeys(shapes))
+    if not any(same_shape(value.shape, shape) for shape in shapes):
+        listed = " or ".join(dict.fromkeys(str(tuple(shape)) for shape in shapes))
         raise ValueError(f"{name} must have shape {listed}, got {tuple(value.shape)}")
     same_device(name, value, like)
 
@@ -178,10 +180,52 @@ def mask(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> None:
     weight(name, value, (shape,), like)
 
 
-def same_device(name: str, value: Tensor, like: Tensor) -> None:
-    """Refuse a tensor that does not live where ``like`` does."""
+def same_shape(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Compare sizes one by one, which torch.compile can trace where they change."""
+    if len(shape) != len(other):
+        return False
+    return all(size == expected for size, expected in zip(shape, other, strict=True))
+
+
+def same_device(name: str, value: Tensor, like: Tensor, module: object = None) -> None:
+    """Refuse a tensor that is not on the device of ``like``, a parameter of ``module`` if given."""
     if value.device != like.device:
-        raise ValueError(f"{name} must be on device {like.device}, got {value.device}")
+        text = f"{name} must be on device {like.device}, got {value.device}"
+        if module is not None:
+            text += f"; or move the {type(module).__name__} there, with .to({str(value.device)!r})"
+        raise ValueError(text)
+
+
+def untransformed(name: str, value: Tensor) -> None:
+    """Refuse a tensor inside ``torch.func.grad`` or ``vmap``, or with a forward-mode tangent."""
+    if torch.compiler.is_compiling():
+        return
+    transformed = torch._C._functorch.is_functorch_wrapped_tensor(value)
+    if not transformed and forward_ad._current_level >= 0:
+        dual = forward_ad.unpack_dual(value)  # type: ignore[no-untyped-call]
+        transformed = dual.tangent is not None
+    if transformed:
+        raise RuntimeError(
+            f"{name} must be outside torch.func transforms and forward-mode differentiation, which "
+            f"a loss that is computed along with its gradient does not support; expected a call "
+            f"with all samples, then backward() or torch.autograd.grad"
+        )
+
+
+def unbatched(name: str, value: Tensor) -> None:
+    """Refuse a tensor inside ``torch.vmap``, where leading dimensions do the same."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(value):
+        raise RuntimeError(
+            f"{name} must be outside torch.vmap; expected a tensor (..., samples, prototypes) "
+            f"whose leading dimensions are independent problems"
+        )
+
+
+def refuse_scripting(module: object) -> NoReturn:
+    """Raise an error for ``torch.jit.script``, as a module's ``__prepare_scriptable__``."""
+    raise RuntimeError(
+        f"{type(module).__name__} cannot be compiled by torch.jit.script; expected torch.compile"
+    )
 
 
 def views(
@@ -221,7 +265,7 @@ def views(
             )
         if last is not None:
             last_dimension(item, member, last, meaning)
-        if member.shape != members[0].shape:
+        if not same_shape(member.shape, members[0].shape):
             raise ValueError(
                 f"{item} must have the shape of {name}[0], {tuple(members[0].shape)}, "
                 f"got {tuple(member.shape)}"
@@ -235,6 +279,8 @@ def views(
 
 
 def _number(name: str, value: Any) -> float:
+    if isinstance(value, float):  # a symbolic one too, which knows no conversion
+        return value
     if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     return float(value)

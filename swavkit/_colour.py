@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swavkit._precision import autocast_disabled
+from swavkit._precision import filtered
 
 PARAMETERS = 12
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
@@ -189,9 +189,8 @@ def _turn_hue(crops: Tensor, shift: Tensor) -> Tensor:
 def _blur(crops: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Blur along rows and columns: M X Mᵀ, where M holds the kernel and the mirrored borders."""
     kernel = _kernel(sigma, radius)
-    with autocast_disabled(crops.device):
-        rows, columns = (_mirrored(kernel, length)[:, None] for length in crops.shape[2:])
-        return rows @ crops @ columns.mT
+    rows, columns = (_mirrored(kernel, length) for length in crops.shape[2:])
+    return filtered(crops, rows, columns)
 
 
 def _kernel(sigma: Tensor, radius: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swavkit._precision import autocast_disabled
+from swavkit._precision import filtered
 
 _TRIES = 10  # boxes that may miss the image before the largest central one is taken
 NUMBERS = 2 * _TRIES + 3  # random numbers of a box
@@ -63,7 +63,12 @@ def cut(image: Tensor, box: Sequence[float], size: int) -> Tensor:
     """
     top, left, height, width, mirrored = map(int, box)
     pixels = image.narrow(1, top, height).narrow(2, left, width)
-    crop = F.interpolate(pixels[None], size=(size, size), mode="bilinear", antialias=True)[0]
+    # In 8 bits torch mistakes the order of memory, or fails, where a length of 1 leaves it open.
+    inexact = image.dtype == torch.uint8 and 1 in (height, width, size)
+    source = (pixels.float() if inexact else pixels)[None]
+    crop = F.interpolate(source, size=(size, size), mode="bilinear", antialias=True)[0]
+    if inexact:
+        crop = crop.round_().to(torch.uint8)
     return crop.flip(-1) if mirrored else crop
 
 
@@ -77,9 +82,7 @@ def cut_batch(batch: Tensor, boxes: Tensor, size: int) -> Tensor:
     top, left, box_height, box_width, mirrored = boxes.to(batch.dtype).unbind(1)
     rows = _resizing(top, box_height, torch.zeros_like(mirrored), height, size)
     columns = _resizing(left, box_width, mirrored, width, size)
-    with autocast_disabled(batch.device):
-        narrow = batch.flatten(1, 2) @ columns.mT  # (B, C · H, size)
-        return rows[:, None] @ narrow.view(*batch.shape[:3], size)
+    return filtered(batch, rows, columns)
 
 
 def _between(low: Tensor, high: Tensor, uniform: Tensor) -> Tensor:

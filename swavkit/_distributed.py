@@ -144,6 +144,17 @@ def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
     return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
 
+def device_for(group: ProcessGroup | None, preferred: torch.device) -> torch.device:
+    """Return a device from which the group can send: ``preferred``, unless it cannot.
+
+    A group of NCCL alone takes no tensors of the CPU, where a module still is before it is moved.
+    """
+    if group is None:
+        return preferred
+    types = [device.type for device in group._device_types]
+    return preferred if preferred.type in types or not types else torch.device(types[0])
+
+
 def global_ranks(group: ProcessGroup) -> list[int]:
     """Return the ranks that the group's processes have in the whole job."""
     return dist.get_process_group_ranks(group)

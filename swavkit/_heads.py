@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swavkit import _checks
 from swavkit._details import SwAVDetails
-from swavkit._hooks import computes_plainly, is_plainly
-from swavkit._precision import at_least_float32, product_dtype
+from swavkit._distributed import sum_over_ranks
+from swavkit._hooks import is_plainly
+from swavkit._precision import at_least_float32, autocast_disabled, product_dtype
 from swavkit.prototypes import PrototypeLayer, product, unit_rows
 from swavkit.sinkhorn import SinkhornKnopp
 from swavkit.streaming import streamed_losses
@@ -74,11 +76,13 @@ def losses_of_heads(
                 *pair,
                 of_head,
                 code,
-                temperature=criterion.loss.temperature,
+                temperature=_checks.positive_float("temperature", criterion.loss.temperature),
                 sample_weight=sample_weight,
                 residual=None if return_details else of_head,
             )
         )
+    if return_details and criterion.queue is not None:
+        codes = [code.clone() for code in codes]  # not a view of those of the queue
     details = [
         SwAVDetails(code, of_head.detach()) for code, of_head in zip(codes, scores, strict=True)
     ]
@@ -130,7 +134,7 @@ def _streamed(
         num_code_views=criterion.num_code_views,
         code_weight=code_weight,
         sample_weight=sample_weight,
-        temperature=criterion.loss.temperature,
+        temperature=_checks.positive_float("temperature", criterion.loss.temperature),
         group=sinkhorn._participants(),
         rider=rider,
         most_bytes_of_p=_BYTES_OF_FULL_MEMORY if criterion.memory == "auto" else 0,
@@ -164,21 +168,11 @@ def _solved(
     sinkhorn: nn.Module, scores: Sequence[Tensor], weight: Tensor | None, rider: Tensor | None
 ) -> list[Tensor]:
     """Return the codes of the scores of each head, found in step wherever that is possible."""
-    if not isinstance(sinkhorn, SinkhornKnopp):
-        return [sinkhorn(of_head, weight) for of_head in scores]
-    if not computes_plainly(sinkhorn, SinkhornKnopp):
-        riders = [rider] + [None] * (len(scores) - 1)
-        return [
-            sinkhorn._called(of_head, weight, rider=each)
-            for of_head, each in zip(scores, riders, strict=True)
-        ]
-    codes = sinkhorn._in_step(scores, weight, rider=rider)
     if is_plainly(sinkhorn, SinkhornKnopp):
-        return codes
-    return [
-        sinkhorn._called(of_head, weight, known=known)
-        for of_head, known in zip(scores, codes, strict=True)
-    ]
+        return sinkhorn._in_step(scores, weight, rider=rider)  # type: ignore[operator, no-any-return]
+    if rider is not None:
+        rider.copy_(sum_over_ranks(rider.clone(), sinkhorn._participants()))  # type: ignore[operator]
+    return [sinkhorn(of_head, weight) for of_head in scores]
 
 
 @torch.no_grad()
@@ -189,4 +183,5 @@ def _code_weight(criterion: Any, samples: int, sample_weight: Tensor | None) -> 
         return sample_weight
     takes_part = queue.valid & (criterion.steps >= criterion.queue_start)
     present = takes_part.new_ones(samples) if sample_weight is None else sample_weight
-    return torch.cat([present, takes_part.to(present.dtype)])
+    with autocast_disabled(present.device):  # which would not join half precisions
+        return torch.cat([present, takes_part.to(present.dtype)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swavkit._device import one_by_one
-from swavkit._precision import at_least_float32
+from swavkit._precision import at_least_float32, autocast_disabled
 
 _MANY, _SMALL = 16, 48**2  # images, pixels of each: from where on a CPU is faster with batches
 _SLACK = 1e-3  # beyond [0, 1], for the rounding of bfloat16 pixels
+_GREYSCALE = ("1", "L", "LA")  # modes of PIL images, beside those of more than 8 bits
+_WHITE_16_BIT = 65535  # of modes I;16 and I, as which PIL opens 16-bit files
+_ORIENTATION = 0x0112  # in EXIF
 
 
 @runtime_checkable
@@ -24,9 +28,14 @@ class PILImage(Protocol):
     @property
     def mode(self) -> str: ...
 
+    @property
+    def info(self) -> Any: ...
+
     def load(self) -> Any: ...
 
     def convert(self, mode: str) -> PILImage: ...
+
+    def getexif(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -101,24 +110,20 @@ class Images:
             height = max(sample.shape[1] for sample in self.samples)
             width = max(sample.shape[2] for sample in self.samples)
             margins = [(width - one.shape[2], height - one.shape[1]) for one in self.samples]
-            batch = torch.stack(
-                [
-                    F.pad(sample, (0, right, 0, below))
-                    for sample, (right, below) in zip(self.samples, margins, strict=True)
-                ]
-            )
+            with autocast_disabled(self.first.device):  # which stacks no images of another half
+                batch = torch.stack(
+                    [
+                        F.pad(sample, (0, right, 0, below))
+                        for sample, (right, below) in zip(self.samples, margins, strict=True)
+                    ]
+                )
         return batch.to(self.working_dtype) / self.largest_value
 
     def refuse_values_outside_0_1(self) -> None:
         """Raise an error for what cannot be pixels; looks at the values, so for a CPU only."""
         for index, sample in enumerate(self.samples):
-            low, high = (float(limit) for limit in sample.detach().aminmax())
-            if not -_SLACK <= low <= high <= 1 + _SLACK:
-                name = "image" if self.single else f"image[{index}]"
-                raise ValueError(
-                    f"{name} must be uint8 or lie in [0, 1] for PhotometricDistortion, got values "
-                    f"from {low:g} to {high:g}"
-                )
+            name = "image" if self.single else f"image[{index}]"
+            _refuse_values_outside_0_1(f"{name} must be uint8 or lie in [0, 1]", sample)
 
 
 def load(image: Any, channels: int | None) -> Images:
@@ -161,20 +166,63 @@ def _pixels(
 
 
 def _pil_pixels(name: str, image: PILImage, channels: int | None) -> Tensor:
-    """Return the (C, H, W) uint8 pixels of a PIL image."""
-    if image.mode.startswith(("I", "F")):
-        raise TypeError(
-            f"{name} must be an 8-bit PIL image, got mode {image.mode!r}: its range is not known, "
-            f"give a floating tensor in [0, 1] instead"
-        )
-    wanted = "L" if image.mode == "L" and channels != 3 else "RGB"
+    """Return the (C, H, W) pixels of a PIL image, uint8 or, of modes I and F, in [0, 1]."""
+    wide = image.mode.startswith(("I", "F"))
+    greyscale = channels != 3 and (wide or image.mode in _GREYSCALE)
     try:
         image.load()
-        # A copy, of which the tensor may be the only owner.
-        pixels = np.array(image if image.mode == wanted else image.convert(wanted))
+        # Copies, of which the tensor may be the only owner.
+        pixels = np.array(image) if wide else _eight_bit_pixels(image, greyscale)
+        orientation = image.getexif().get(_ORIENTATION)
     except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for a corrupt file
         raise ValueError(f"{name} must be a readable PIL image, got one where {error}") from error
-    return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1)
+    upright = np.ascontiguousarray(_upright(np.atleast_3d(pixels), orientation))
+    if not wide:
+        return torch.from_numpy(upright).permute(2, 0, 1)
+    white = 1 if image.mode == "F" else _WHITE_16_BIT
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        upright = np.where(upright == transparent, white, upright)
+    wide_pixels = torch.from_numpy(upright.astype(np.float32)).permute(2, 0, 1) / white
+    expected = f"{name} must have values in [0, {white}] as a PIL image of mode {image.mode!r}"
+    _refuse_values_outside_0_1(expected, wide_pixels, white)
+    return wide_pixels if greyscale else wide_pixels.expand(3, -1, -1)
+
+
+def _eight_bit_pixels(image: PILImage, greyscale: bool) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return (H, W) or (H, W, C) pixels; what is transparent lies on white."""
+    transparent = image.mode[-1] in "Aa" or image.mode == "P" or "transparency" in image.info
+    mode = ("L" if greyscale else "RGB") + "A" * transparent
+    pixels = np.array(image if image.mode == mode else image.convert(mode))
+    if not transparent:
+        return pixels
+    colours, alpha = pixels[..., :-1], pixels[..., -1:].astype(np.uint16)
+    return ((colours * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _upright(pixels: np.ndarray[Any, Any], orientation: Any) -> np.ndarray[Any, Any]:
+    """Turn and mirror (H, W, C) pixels as EXIF says; None and unknown numbers are upright."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels
+
+
+def _refuse_values_outside_0_1(expected: str, pixels: Tensor, white: int = 1) -> None:
+    """Raise an error that begins with ``expected``; NaN is no value."""
+    if not pixels.numel():
+        return
+    pixels = pixels.detach()
+    low, high = (float(limit) for limit in pixels.aminmax())
+    if math.isnan(low):
+        known = pixels.nan_to_num(0.5, math.inf, -math.inf)
+        low, high = (float(limit) for limit in known.aminmax())
+    slack = _SLACK if white == 1 else 0  # whole numbers are not rounded
+    if not -slack <= low <= high <= 1 + slack:
+        raise ValueError(f"{expected}, got values from {low * white:g} to {high * white:g}")
 
 
 def _like_the_first(index: int, sample: Tensor, first: Tensor) -> None:

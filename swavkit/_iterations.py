@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from swavkit._device import traceable
 from swavkit._distributed import (
     gather_over_ranks,
     in_one_collective,
@@ -68,11 +69,11 @@ def _iterate(
     """Bring new plans as near to the masses of their prototypes as is asked for."""
     firsts, wanted = [], []
     for plan, mass, largest in zip(
-        plans, prototype_masses, _largest_exponents(plans, group), strict=True
+        plans, prototype_masses, _largest_scores(plans, group), strict=True
     ):
-        log_u = -largest if mass is None else mass.log() - largest
-        wanted.append(_equal_mass(log_u) if mass is None else mass)
-        firsts.append(plan.start(log_u))
+        f = -largest if mass is None else mass.log() * plan.temperature - largest
+        wanted.append(_equal_mass(f) if mass is None else mass)
+        firsts.append(plan.start(f))
     masses = _sums(firsts, group, rider)
     for iteration in range(iterations):
         if iteration > 0:
@@ -90,8 +91,7 @@ def _iterate(
                 if not plans:
                     break
         for plan, share, mass in zip(plans, wanted, masses, strict=True):
-            # No mass is wanted where there is none, or nobody is present.
-            plan.scale((share / mass).masked_fill_(mass == 0, 1))
+            plan.scale(share, mass)
 
 
 def _near(mass: Tensor, wanted: Tensor, tolerance: float) -> bool:
@@ -107,7 +107,7 @@ def _iterate_relaxed(
     group: ProcessGroup | None,
     rider: Tensor | None,
 ) -> None:
-    """Set log u of new plans to f after so many iterations in the log domain.
+    """Set f of new plans to what it is after so many iterations in the log domain.
 
     One iteration is ::
 
@@ -115,18 +115,22 @@ def _iterate_relaxed(
         g = -logsumexp_j(S/ε + f)
 
     A prototype may end up with less mass than floating point can hold, so masses are logarithms.
+    These and f are multiplied by ε and scaled as the scores are; see ``_plan.py``.
     """
-    shifts = _largest_exponents(plans, group)
+    shifts = _largest_scores(plans, group)
     wanted = [
         _equal_mass(shift) if mass is None else mass
         for mass, shift in zip(prototype_masses, shifts, strict=True)
     ]
     # The equations take the sum of r to be 1; what it is comes with the first masses.
     firsts = [
-        torch.cat([plan.start(-shift), plan.sample_mass.sum(dim=-1, keepdim=True)], dim=-1)
+        torch.cat([plan.start(-shift), plan.log_mass.exp().sum(dim=-1, keepdim=True)], dim=-1)
         for plan, shift in zip(plans, shifts, strict=True)
     ]
-    totals = [total.log() for total in _sums(firsts, group, rider)]
+    totals = [
+        total.log_().mul_(plan.temperature)
+        for plan, total in zip(plans, _sums(firsts, group, rider), strict=True)
+    ]
     log_sums = [total[..., :-1] + shift for total, shift in zip(totals, shifts, strict=True)]
     for iteration in range(iterations):
         if iteration > 0:
@@ -135,15 +139,16 @@ def _iterate_relaxed(
                 gather_over_ranks, [plan.log_masses() for plan in plans], group
             )
             log_sums = [
-                of_ranks.logsumexp(dim=0) - plan.log_u
+                plan.sum_of_logs(of_ranks, 0) - plan.f
                 for of_ranks, plan in zip(log_masses, plans, strict=True)
             ]
         for plan, share, log_sum, total in zip(plans, wanted, log_sums, totals, strict=True):
             log_total = total[..., -1:]
             log_sum = (log_sum - log_total).masked_fill_(log_total == -math.inf, 0)  # nobody
-            strength = relaxation / (relaxation + plan.epsilon)
-            log_u = strength * (share.log() - log_sum)
-            plan.relax(log_u.masked_fill_(share == 0, -math.inf))
+            rho = traceable(relaxation, share.device)
+            strength = rho / (rho + plan.epsilon)
+            f = strength * (share.log() * plan.temperature - log_sum)
+            plan.relax(f.masked_fill_(share == 0, -math.inf))
 
 
 def _equal_mass(like: Tensor) -> Tensor:
@@ -151,10 +156,21 @@ def _equal_mass(like: Tensor) -> Tensor:
     return like.new_full((1,), 1 / like.shape[-1])
 
 
-def _largest_exponents(plans: Sequence[Plan], group: ProcessGroup | None) -> list[Tensor]:
-    """Return the largest S/ε (..., K) of each prototype; 0 where nobody is present on any rank."""
-    own = [plan.largest_exponents() for plan in plans]
-    of_all = in_one_collective(max_over_ranks, own, group)
+def _largest_scores(plans: Sequence[Plan], group: ProcessGroup | None) -> list[Tensor]:
+    """Return the largest S + ε log r (..., K) of each prototype; 0 where nobody is on any rank.
+
+    From now on the masses of samples are relative to the largest of all ranks.
+    """
+    of_all = [plan.largest_scores() for plan in plans]
+    if group is not None:
+        own = [
+            torch.cat([largest, plan.log_largest_mass], dim=-1)
+            for plan, largest in zip(plans, of_all, strict=True)
+        ]
+        both = in_one_collective(max_over_ranks, own, group)
+        of_all = [largest[..., :-1] for largest in both]
+        for plan, largest in zip(plans, both, strict=True):
+            plan.measure(largest[..., -1:])
     return [
         largest.masked_fill_(largest <= plan.lowest, 0)
         for plan, largest in zip(plans, of_all, strict=True)

@@ -30,5 +30,5 @@ def empty(shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
     skipped = -memory.data_ptr() % _ALIGNMENT // dtype.itemsize
     strides = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
     # Not a view of the bytes: autograd has rules for those.
-    new = torch.empty(0, dtype=dtype)
+    new = torch.empty(0, dtype=dtype, device=memory.device)
     return new.set_(memory.untyped_storage(), skipped, tuple(shape), tuple(strides))

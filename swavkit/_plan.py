@@ -14,7 +14,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swavkit._device import on_cpu
+from swavkit._arithmetic import (
+    PARTS_OF_A_PRODUCT,
+    exponentials,
+    flaws_of,
+    products,
+    scale_and_rate,
+)
+from swavkit._arithmetic import _over_prototypes as _over_prototypes
+from swavkit._arithmetic import _over_samples as _over_samples
+from swavkit._device import on_cpu, scaled_sum, traceable
 from swavkit._memory import empty
 from swavkit._precision import at_least_float32
 
@@ -23,6 +32,10 @@ from swavkit._precision import at_least_float32
 # anew. Masses that differ let them grow by as much more; then P is new each time.
 _SCALINGS_OF_ONE_P = 5
 
+# Masses of samples that differ may span 40 decades, which these factors of masses, of u and of P
+# keep within the range of float32.
+_UNIT_OF_MASSES, _UNIT_OF_U, _LOG_UNIT_OF_P = 2.0**90, 2.0**60, 30 * math.log(2)
+
 # What the caches of a CPU keep from one operation to the next.
 _ENTRIES_OF_A_BLOCK = 2**21
 _SAMPLES_OF_A_BLOCK = 2**12
@@ -30,32 +43,37 @@ _SAMPLES_OF_A_BLOCK = 2**12
 # Up to so many, fewer operations save more on a CPU than cheaper ones.
 _ENTRIES_AT_ONCE = 2**20
 
-# torch spreads a batch of products with a vector over the threads of a CPU, and a single one not.
-_PARTS_OF_A_PRODUCT = 8
-_ENTRIES_OF_A_PART = 2**15
-
 Part = tuple[int | slice, ...]  # the index of a problem, if there are several, and of samples
+
+
+class Masses(NamedTuple):
+    """Masses of which only the ratios count, at any scale: the logarithms of (..., N) numbers."""
+
+    log: Tensor  # (..., N), without log_largest; -inf for a mass of 0, NaN for one below 0
+    log_largest: Tensor  # (..., 1); the lowest number if all masses are 0
 
 
 class Block(NamedTuple):
     """A part of the problem, or several problems with the same part of each: (..., b, K)."""
 
     part: Part
-    entries: Tensor  # (..., b, K), S/ε and then P
-    sample_mass: Tensor  # (..., b), r
+    entries: Tensor  # (..., b, K), scaled scores and then P
+    log_mass: Tensor  # (..., b), log r
     flaw: Tensor  # (..., b), NaN for a sample whose scores are not finite, else 0
-    absence: Tensor | None  # (..., b), NaN for a sample that is absent, else 0; None: nobody is
 
 
 class Plan:
-    """Q = diag(v) P diag(u) of a problem or of N, with P = softmax(S/ε + log_u) over prototypes.
+    """Q = diag(v) P diag(u) of a problem or of N, with P = exp((S + f)/ε) up to a factor of rows.
 
-    Only ``u`` has to be told: v always brings the rows of Q to a sum of 1, but for :meth:`start`,
-    which finds the masses before any v. Each method reads P, or the scores, once.
+    Only f and u have to be told: v always brings the rows of Q to a sum of 1, but for
+    :meth:`start`, which finds the masses before any v. Each method reads P, or the scores, once.
 
     P is only read, while u changes, until the range of floating point calls for a new P, with u in
-    ``log_u``. It lies in the memory of the codes. Where they have none, or one too narrow for the
+    f. It lies in the memory of the codes. Where they have none, or one too narrow for the
     arithmetic, P is computed each time it is needed, in the memory of one part.
+
+    S, f and what is added to them are scaled, see ``_arithmetic.py``; S + f of a row is taken
+    relative to its largest before it is divided by ε, so that no finite scores overflow.
 
     A sample with a NaN or an infinite score is left out: its mass is 0, and its code NaN, or zeros
     if it was absent anyway.
@@ -63,7 +81,7 @@ class Plan:
     Args:
         scores: Gives the scores (..., b, K) of a part.
         parts: What is computed at a time; see :func:`parts_of`.
-        sample_mass: (B,) or (N, B), r, in the dtype of all arithmetic; overwritten.
+        sample_mass: Of (B,) or (N, B) samples, r, in the dtype of all arithmetic; overwritten.
         num_prototypes: K.
         weighted: Whether a mass may be 0.
         graded: Whether masses of samples or of prototypes may differ in another way than that.
@@ -72,14 +90,11 @@ class Plan:
         memory: For P of a part without that, flat. Between two calls others may write there.
     """
 
-    log_u: Tensor
-    u: Tensor
-
     def __init__(
         self,
         scores: Callable[[Part], Tensor],
         parts: Sequence[Part],
-        sample_mass: Tensor,
+        sample_mass: Masses,
         num_prototypes: int,
         *,
         weighted: bool,
@@ -88,26 +103,28 @@ class Plan:
         codes: Tensor | None = None,
         memory: Tensor | None = None,
     ) -> None:
-        self.scores, self.sample_mass, self.epsilon = scores, sample_mass, epsilon
+        self.scores = scores
+        self.log_mass, self.log_largest_mass = sample_mass
+        self.epsilon = traceable(epsilon, self.log_mass.device)
         self.all_codes = codes
-        self.scalings_of_one_p = 1 if graded else _SCALINGS_OF_ONE_P
-        self.lowest = torch.finfo(sample_mass.dtype).min / 4  # an exponent that does not count
-        self.shape = (*sample_mass.shape[:-1], num_prototypes)
+        self.weighted, self.graded = weighted, graded
+        dtype = self.log_mass.dtype
+        self.scale_of_scores, self.rate = scale_and_rate(self.epsilon, dtype)
+        self.temperature = self.epsilon * self.scale_of_scores
+        self.lowest = torch.finfo(dtype).min / 4  # a scaled score that does not count
+        self.shape = (*self.log_mass.shape[:-1], num_prototypes)
         self.scalings = 0  # by u, of one P
-        self.scaled = False  # at all; before that there is no u
-        self.flaw = torch.empty_like(sample_mass)
-        self.absence = None
-        if weighted:
-            zeros = torch.zeros_like(sample_mass)
-            self.absence = zeros.masked_fill_(sample_mass == 0, torch.nan)
+        self.log_factor: Tensor | None = None  # of u, if it may be out of range
+        self.flaw = torch.empty_like(self.log_mass)
+        self.level = torch.empty_like(self.log_mass)  # the largest S + f of a row; NaN by a flaw
 
         self.memory = memory
-        self.keeps_entries = codes is not None and codes.dtype == sample_mass.dtype
+        self.keeps_entries = codes is not None and codes.dtype == dtype
         if not self.keeps_entries:
             self.keeps_entries = len(parts) == 1 and memory is None
             if memory is None:
-                samples = max([0, *[sample_mass[part].numel() for part in parts]])
-                self.memory = empty((samples * num_prototypes,), sample_mass.dtype, sample_mass)
+                samples = max([0, *[self.log_mass[part].numel() for part in parts]])
+                self.memory = empty((samples * num_prototypes,), dtype, self.log_mass)
         self.holds_p = False
         self.blocks = [self.block(part) for part in parts]
 
@@ -116,166 +133,211 @@ class Plan:
 
         That must have its place in the memory of the codes, or none of the parts keeps its P.
         """
-        return Block(
-            part,
-            self._room(part),
-            self.sample_mass[part],
-            self.flaw[part],
-            None if self.absence is None else self.absence[part],
-        )
+        return Block(part, self._room(part), self.log_mass[part], self.flaw[part])
 
     def _room(self, part: Part) -> Tensor:
         """Return memory for the entries of a part."""
-        if self.all_codes is not None and self.all_codes.dtype == self.sample_mass.dtype:
+        if self.all_codes is not None and self.all_codes.dtype == self.log_mass.dtype:
             return self.all_codes[part]
-        shape = (*self.sample_mass[part].shape, self.shape[-1])
+        shape = (*self.log_mass[part].shape, self.shape[-1])
         if torch.compiler.is_compiling():  # does not see that parts would share memory
-            return self.sample_mass.new_empty(shape)
+            return self.log_mass.new_empty(shape)
         assert self.memory is not None
         return self.memory[: math.prod(shape)].view(shape)
 
-    def largest_exponents(self) -> Tensor:
-        """Return the largest S/ε (..., K) of each prototype among the samples that count.
+    def largest_scores(self) -> Tensor:
+        """Return the largest S + ε log r (..., K) of each prototype, scaled.
 
         Where no sample counts it is ``lowest``. To be called first: it also finds out which samples
         have scores that are not finite.
         """
         largest = self._over_blocks(self._largest_of, torch.maximum, self.lowest)
         self.code_mass = self.flaw + 1  # what a code must sum to
-        if self.absence is None:
-            torch.nan_to_num(self.code_mass, nan=0, out=self.sample_mass)
-        else:
-            flawed = self.flaw.isnan()
-            self.code_mass.masked_fill_(flawed & (self.sample_mass == 0), 0)
-            self.sample_mass.masked_fill_(flawed, 0)
+        flawed = self.flaw.isnan()
+        if self.weighted:
+            self.code_mass.masked_fill_(flawed & (self.log_mass == -math.inf), 0)
+        self.log_mass.masked_fill_(flawed, -math.inf)
         return largest
 
-    def start(self, log_u: Tensor) -> Tensor:
-        """Set ``log_u``, and return Σ_i r_i exp(S_ij/ε + log_u_j), (..., K).
+    def measure(self, log_largest_mass: Tensor) -> None:
+        """Take masses of samples relative to another one, (..., 1), than the largest of them."""
+        self.log_mass += self.log_largest_mass - log_largest_mass
 
-        No exponent of a sample that is present may be above 0.
+    def start(self, f: Tensor) -> Tensor:
+        """Set f, and return Σ_i r_i exp((S_ij + f_j)/ε), (..., K).
+
+        None of the r_i exp((S_ij + f_j)/ε) may be above 1.
         """
-        self.log_u = log_u
+        self.f, self.u = f, torch.ones_like(f)
+        self.mass = self.log_mass.exp()
+        if self.graded:  # as above, and masses below the range of floating point too
+            root = (self.log_mass / 2).exp_()
+            self.mass = root * _UNIT_OF_MASSES * root
         sums = self._over_blocks(self._start_of, torch.add, 0)
-        self.holds_p = self.keeps_entries
+        self.holds_p, self.knows_level = self.keeps_entries, not self.graded
         return sums
 
-    def scale(self, factor: Tensor) -> None:
-        """Multiply u by ``factor`` (..., K)."""
-        self.u = self.u * factor if self.scaled else factor
-        self.scaled = True
-        self.scalings += 1
+    def scale(self, wanted: Tensor, masses: Tensor) -> None:
+        """Bring the prototypes from ``masses`` (..., K) to those ``wanted``.
+
+        A prototype without a mass stays as it is: none is wanted there, or nobody is present.
+        """
+        if self.graded:
+            self.log_factor = (wanted.log() - masses.log()).masked_fill_(masses == 0, 0)
+        else:
+            self.u = self.u * (wanted / masses).masked_fill_(masses == 0, 1)
+            self.scalings += 1
 
     def masses(self) -> Tensor:
-        """Return the masses of the prototypes in Q, (..., K).
+        """Return the masses of the prototypes in Q, (..., K), in a unit of all plans.
 
-        They do not tell how u is spread over ``log_u`` and ``u``, which may differ from process to
+        They do not tell how u is spread over ``f`` and ``u``, which may differ from process to
         process.
         """
-        if self.scalings == self.scalings_of_one_p:
-            self._renew()
+        if self.graded or self.scalings == _SCALINGS_OF_ONE_P:
+            self._absorb()
         sums = self._over_blocks(self._sums_of, torch.add, 0)
-        self.holds_p = self.keeps_entries
-        return sums.mul_(self.u)
+        self.holds_p, self.knows_level = self.keeps_entries, not self.graded
+        sums *= self.u
+        return sums if self.graded else sums.mul_(_UNIT_OF_MASSES)
 
-    def codes(self) -> Tensor:
-        """Return Q, (..., B, K), in the dtype of the memory for it. The plan is used up."""
+    def codes(self, rounded: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Return Q, (..., B, K), in the dtype of the memory for it. The plan is used up.
+
+        ``rounded`` changes codes in place, in the dtype of the arithmetic.
+        """
         assert self.all_codes is not None
         for block in self.blocks:
-            self.codes_of(block)
+            self.codes_of(block, rounded=rounded)
         return self.all_codes
 
-    def codes_of(self, block: Block, scores: Tensor | None = None) -> Tensor:
+    def codes_of(
+        self,
+        block: Block,
+        scores: Tensor | None = None,
+        rounded: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Return Q of a block, in place of its P; ``scores`` are those of the block, if at hand."""
+        if self.log_factor is not None:  # u up to a factor, which changes nothing
+            root = (self.log_factor - self.log_factor.amax(dim=-1, keepdim=True)).div_(2).exp_()
+            u = (root * _UNIT_OF_U * root).clamp_(min=torch.finfo(root.dtype).tiny)
+            self.u, self.log_factor = self.u * u, None
         entries = self._p_of(block, scores).mul_(_row(self.u, block))
-        v = self.code_mass[block.part] / entries.sum(dim=-1)
+        v = (self.code_mass[block.part] / entries.sum(dim=-1)).unsqueeze(-1)
         codes = entries if self.all_codes is None else self.all_codes[block.part]
-        return torch.mul(entries, v.unsqueeze(-1), out=codes)
+        if rounded is None:
+            return torch.mul(entries, v, out=codes)
+        return codes.copy_(rounded(entries.mul_(v)))
 
-    def relax(self, log_u: Tensor) -> None:
-        """Set all of u, as ``log_u`` (..., K)."""
-        self.log_u, self.u, self.holds_p = log_u, torch.ones_like(log_u), False
+    def relax(self, f: Tensor) -> None:
+        """Set all of u, as ``f`` (..., K)."""
+        self.f, self.u = f, torch.ones_like(f)
+        self.holds_p = self.knows_level = False
 
     def log_masses(self) -> Tensor:
-        """Return the logarithms of the masses, which may be below the range of floating point.
+        """Return ε times the logarithms of the masses, scaled; these may be of any size.
 
-        All of u must be in ``log_u``.
+        All of u must be in ``f``.
         """
-        return self._over_blocks(self._log_masses_of, torch.logaddexp, -math.inf)
+        return self._over_blocks(
+            self._log_masses_of,
+            lambda *both, out: out.copy_(self.sum_of_logs(torch.stack(both), 0)),
+            -math.inf,
+        )
 
-    def _renew(self) -> None:
-        """Move u into ``log_u``, but for what rounding loses there, which stays in u."""
+    def sum_of_logs(self, values: Tensor, dim: int) -> Tensor:
+        """Return ε log Σ exp(values/ε), of scaled values, which are overwritten."""
+        lowest = torch.finfo(values.dtype).min
+        largest = values.amax(dim=dim, keepdim=True).clamp_(min=lowest)
+        sums = values.sub_(largest).mul_(self.rate).exp_().sum(dim=dim)
+        return sums.log_().mul_(self.temperature).add_(largest.squeeze(dim))
+
+    def _absorb(self) -> None:
+        """Move u into f, but for what rounding loses there, which stays in u."""
         change = self.u.log()
-        log_u = self.log_u + change
-        part = log_u - self.log_u
-        lost = (self.log_u - (log_u - part)) + (change - part)
-        self.u = lost.masked_fill_(log_u == -math.inf, 0).exp_()
-        self.log_u, self.scalings, self.holds_p = log_u, 0, False
+        if self.log_factor is not None:
+            change += self.log_factor
+        change *= self.temperature
+        f = self.f + change
+        part = f - self.f
+        lost = (self.f - (f - part)) + (change - part)
+        self.u = lost.mul_(self.rate).masked_fill_(f == -math.inf, 0).exp_()
+        self.f, self.scalings, self.log_factor = f, 0, None
+        self.holds_p = self.knows_level = False
 
     def _over_blocks(
         self,
         of_block: Callable[[Block], Tensor],
-        combine: Callable[..., Tensor],
+        combine: Callable[..., object],
         neutral: float,
     ) -> Tensor:
         """Combine what the blocks give, (..., K)."""
         if len(self.blocks) == 1:
             return of_block(self.blocks[0]).view(self.shape)
-        result = self.sample_mass.new_full(self.shape, neutral)
+        result = self.log_mass.new_full(self.shape, neutral)
         for block in self.blocks:
             of_part = _of(result, block)
             combine(of_part, of_block(block), out=of_part)
         return result
 
-    def _exponents_of(self, block: Block, scores: Tensor, left_out: Tensor) -> Tensor:
-        """Compute S/ε, with an exponent that does not count where ``left_out`` is NaN."""
-        torch.add(left_out.unsqueeze(-1), scores, alpha=1 / self.epsilon, out=block.entries)
-        lowest = self.lowest
-        return block.entries.nan_to_num_(nan=lowest, posinf=lowest, neginf=lowest)
-
-    def _log_p_of(self, block: Block, scores: Tensor) -> Tensor:
-        """Compute S/ε + log_u, of which P is the softmax."""
-        return self._exponents_of(block, scores, block.flaw).add_(_row(self.log_u, block))
+    def _scaled(self, block: Block, scores: Tensor, added: Tensor) -> Tensor:
+        """Compute S with ``added`` (..., b) on top, scaled, and ``lowest`` where that is NaN."""
+        scaled_sum(added.unsqueeze(-1), scores, self.scale_of_scores, out=block.entries)
+        return block.entries.nan_to_num_(self.lowest, self.lowest, self.lowest)
 
     def _largest_of(self, block: Block) -> Tensor:
         scores = self.scores(block.part)
-        # NaN and infinity show in a sum: less itself it is NaN.
-        total = scores.sum(dim=-1, dtype=block.flaw.dtype)
-        block.flaw.copy_(total - total)
-        left_out = block.flaw if block.absence is None else block.flaw + block.absence
-        return self._exponents_of(block, scores, left_out).amax(dim=-2)
+        block.flaw.copy_(flaws_of(scores))
+        added = block.flaw
+        if self.weighted:
+            added = scaled_sum(added, block.log_mass, self.temperature)
+        return self._scaled(block, scores, added).amax(dim=-2)
+
+    def _sums_before_division(self, block: Block, scores: Tensor | None = None) -> Tensor:
+        """Compute S + f."""
+        if scores is None:
+            scores = self.scores(block.part)
+        return self._scaled(block, scores, block.flaw).add_(_row(self.f, block))
 
     def _start_of(self, block: Block) -> Tensor:
-        if self.absence is None and self.keeps_entries:
-            exponents = block.entries
+        if self.weighted or not self.keeps_entries:
+            entries = self._sums_before_division(block)
         else:
-            exponents = self._exponents_of(block, self.scores(block.part), block.flaw)
-        exponents.add_(_row(self.log_u, block))
-        largest = exponents.amax(dim=-1)
-        if self.absence is not None:
-            largest.clamp_(max=0)  # only that of an absent sample can be above
-        entries = torch.softmax(exponents, dim=-1, out=exponents)
-        # What the softmax has divided a row by.
-        divisor = largest.exp_().div_(entries.amax(dim=-1))
-        return _over_samples(entries, divisor.mul_(block.sample_mass))
+            entries = block.entries.add_(_row(self.f, block))
+        largest = self._exponentials_of(block, entries)
+        # That of an absent sample may be infinite.
+        factor = (largest * self.rate).clamp_(max=-self.lowest).add_(block.log_mass).exp_()
+        return _over_samples(entries, factor)
 
     def _sums_of(self, block: Block) -> Tensor:
         entries = self._p_of(block)
-        v = block.sample_mass / _over_prototypes(entries, _of(self.u, block))
+        v = self.mass[block.part] / _over_prototypes(entries, _of(self.u, block))
         return _over_samples(entries, v)
 
     def _log_masses_of(self, block: Block) -> Tensor:
-        exponents = self._log_p_of(block, self.scores(block.part))
-        log_codes = torch.log_softmax(exponents, dim=-1, out=exponents)
-        return log_codes.add_(block.sample_mass.log().unsqueeze(-1)).logsumexp(dim=-2)
+        entries = self._sums_before_division(block)
+        entries.sub_(entries.amax(dim=-1, keepdim=True))
+        log_v = (entries * self.rate).exp_().sum(dim=-1).log_().neg_()
+        added = log_v.add_(block.log_mass).mul_(self.temperature)
+        return self.sum_of_logs(entries.add_(added.unsqueeze(-1)), -2)
 
     def _p_of(self, block: Block, scores: Tensor | None = None) -> Tensor:
         if self.holds_p:
             return block.entries
+        if not self.knows_level:
+            entries = self._sums_before_division(block, scores)
+            self._exponentials_of(block, entries)
+            return entries
         if scores is None:
             scores = self.scores(block.part)
-        exponents = self._log_p_of(block, scores)
-        return torch.softmax(exponents, dim=-1, out=exponents)
+        f, level = _row(self.f, block), self.level[block.part].unsqueeze(-1)
+        entries = scaled_sum(f, scores, self.scale_of_scores, out=block.entries)
+        return entries.sub_(level).mul_(self.rate).exp_().nan_to_num_(1)
+
+    def _exponentials_of(self, block: Block, entries: Tensor) -> Tensor:
+        largest = exponentials(entries, self.rate, _LOG_UNIT_OF_P if self.graded else 0)
+        self.level[block.part] = largest + block.flaw
+        return largest
 
 
 def fits_at_once(scores: Tensor, iterations: int) -> bool:
@@ -287,29 +349,25 @@ def fits_at_once(scores: Tensor, iterations: int) -> bool:
 def codes_at_once(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     """Return the codes of scores (B, K) or (N, B, K), with equal masses, in few operations.
 
-    The whole first iteration is a softmax over the samples and one over the prototypes, the first
-    of them in the log domain.
+    They are in the dtype of the arithmetic. The steps are those of a :class:`Plan` of one part.
     """
     dtype = at_least_float32(scores.dtype)
     lowest = torch.finfo(dtype).min / 4
-    total = scores.sum(dim=-1, keepdim=True, dtype=dtype)
-    flaw = total - total  # (..., B, 1), NaN where a score is not finite, else 0
-    exponents = torch.add(flaw, scores, alpha=1 / epsilon)
-    exponents.nan_to_num_(lowest, lowest, lowest)
-    torch.log_softmax(exponents, dim=-2, out=exponents)
-    entries = torch.softmax(exponents, dim=-1, out=exponents)
+    scale, rate = scale_and_rate(traceable(epsilon, scores.device), dtype)
+    flaw = flaws_of(scores).to(dtype).unsqueeze(-1)
+    entries = scaled_sum(flaw, scores, scale)
+    entries.nan_to_num_(lowest, lowest, lowest)
+    entries.sub_(entries.amax(dim=-2, keepdim=True))
+    largest = exponentials(entries, rate)
     factor = flaw.exp_()  # NaN or 1, what a code must sum to
-    if iterations > 1:
-        v = sample_mass = factor.squeeze(-1).nan_to_num(0)
-        transposed = entries.mT
-        for _ in range(iterations - 1):
-            u = _products(transposed, v).reciprocal_()
-            sums = _products(entries, u)
-            v = sample_mass / sums
-        entries.mul_(u.unsqueeze(-2))
-        factor /= sums.unsqueeze(-1)
-    codes = entries.mul_(factor)
-    return codes if scores.dtype == dtype else codes.to(scores.dtype)
+    sample_mass = factor.squeeze(-1).nan_to_num(0)
+    v = largest.mul_(rate).exp_().mul_(sample_mass)
+    transposed = entries.mT
+    for _ in range(iterations):
+        u = products(transposed, v).reciprocal_()
+        sums = products(entries, u)
+        v = sample_mass / sums
+    return entries.mul_(u.unsqueeze(-2)).mul_(factor.div_(sums.unsqueeze(-1)))
 
 
 def parts_of(scores: Tensor) -> list[Part]:
@@ -325,7 +383,7 @@ def parts_of(scores: Tensor) -> list[Part]:
     ):
         return [(slice(None),) * (scores.dim() - 1)]
     rows = min(_SAMPLES_OF_A_BLOCK, _ENTRIES_OF_A_BLOCK // prototypes)
-    rows = max(rows - rows % _PARTS_OF_A_PRODUCT, 1)
+    rows = max(rows - rows % PARTS_OF_A_PRODUCT, 1)
     return [
         (*problem, slice(first, first + rows))
         for problem in itertools.product(*map(range, number))
@@ -341,36 +399,3 @@ def _of(vectors: Tensor, block: Block) -> Tensor:
 def _row(vectors: Tensor, block: Block) -> Tensor:
     """Return those of the vectors (..., K) that belong to the block, (..., 1, K)."""
     return _of(vectors, block).unsqueeze(-2)
-
-
-def _over_prototypes(entries: Tensor, u: Tensor) -> Tensor:
-    """Return Σ_j P_ij u_j, (..., b), for entries (..., b, K) and u (..., K)."""
-    parts = _parts_of_a_product(entries)
-    if parts == 1:
-        return _products(entries, u)
-    rows = entries.view(-1, entries.shape[-2] // parts, entries.shape[-1])
-    vectors = u.repeat_interleave(parts, dim=0) if u.dim() > 1 else u.expand(parts, -1)
-    return torch.bmm(vectors.unsqueeze(1), rows.mT).view(entries.shape[:-1])
-
-
-def _over_samples(entries: Tensor, v: Tensor) -> Tensor:
-    """Return Σ_i P_ij v_i, (..., K), for entries (..., b, K) and v (..., b)."""
-    parts = _parts_of_a_product(entries)
-    if parts == 1:
-        return _products(entries.mT, v)
-    rows = entries.view(-1, entries.shape[-2] // parts, entries.shape[-1])
-    sums = torch.bmm(v.view(len(rows), 1, -1), rows)
-    return sums.view(*v.shape[:-1], parts, -1).sum(dim=-2)
-
-
-def _products(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """Return the product of each matrix with its vector; batched, it could be in TF32."""
-    if matrices.dim() == 2:
-        return torch.mv(matrices, vectors)
-    return torch.stack([torch.mv(*pair) for pair in zip(matrices, vectors, strict=True)])
-
-
-def _parts_of_a_product(entries: Tensor) -> int:
-    if entries.numel() < _PARTS_OF_A_PRODUCT * _ENTRIES_OF_A_PART or not on_cpu(entries):
-        return 1
-    return math.gcd(entries.shape[-2], _PARTS_OF_A_PRODUCT)

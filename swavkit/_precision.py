@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,3 +30,56 @@ def autocast_disabled(device: torch.device) -> AbstractContextManager[object]:
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return _NOTHING
     return torch.autocast(device.type, enabled=False)
+
+
+def filtered(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return rows · images · columnsᵀ in the dtype of the images, whatever precision is allowed.
+
+    Args:
+        images: (B, C, H, W), differentiable.
+        rows: (B, h, H), constant.
+        columns: (B, w, W), constant.
+    """
+    result: Tensor = _Filtered.apply(images, rows, columns)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Filtered(torch.autograd.Function):
+    """The same, with a gradient that is as exact: it is filtered by the transposed matrices."""
+
+    @staticmethod
+    def forward(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        with autocast_disabled(images.device):
+            narrow = _product(images.flatten(1, 2), columns.mT)  # (B, C · H, w)
+            return _product(rows[:, None], narrow.view(*images.shape[:3], columns.shape[1]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        rows, columns = ctx.saved_tensors
+        return filtered(gradient, rows.mT, columns.mT), None, None
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Return the product of matrices, within 1e-6 also where TF32 is allowed.
+
+    TF32 rounds factors to 11 bits. Each factor is therefore the sum of its first 11 bits, which
+    that leaves alone, and of the rest, which is small; the product of both rests is left out. To
+    ask torch whether TF32 is allowed would break a graph.
+    """
+    if not _may_be_rounded(left):
+        return left @ right
+    left_high, right_high = _first_11_bits(left), _first_11_bits(right)
+    rest = left_high @ (right - right_high) + (left - left_high) @ right_high
+    return left_high @ right_high + rest
+
+
+def _may_be_rounded(factor: Tensor) -> bool:
+    return factor.dtype == torch.float32 and factor.device.type != "cpu"
+
+
+def _first_11_bits(values: Tensor) -> Tensor:
+    return (values.view(torch.int32) & -(1 << 13)).view(torch.float32)

@@ -7,6 +7,7 @@ with state keeps what it saves instead: then nothing that a repetition computes 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
@@ -36,7 +37,7 @@ class Recomputation:
         """
         if torch.compiler.is_compiling():  # a compiled step repeats operations, not calls
             return False
-        if torch._C._current_graph_task_id() == -1:  # no backward pass is running
+        if not _is_repetition():
             self._first_had_graph = torch.is_grad_enabled()
             return False
         state = "a queue" if queue is not None else "freeze_steps" if freeze_steps else None
@@ -59,9 +60,44 @@ def keeping_what_it_saves(method: Method) -> Method:
 
     @wraps(method)
     def keeping(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        in_transform = (
+            torch._C._functorch.maybe_current_level() is not None
+        )  # refused by the method
+        if torch.compiler.is_compiling() or in_transform:
             return method(*args, **kwargs)
-        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved):
+        with torch.autograd.graph.saved_tensors_hooks(_with_version, _unchanged):
             return method(*args, **kwargs)
 
     return keeping  # type: ignore[return-value]
+
+
+def _is_repetition() -> bool:
+    """Tell whether a checkpoint repeats the present forward, in a backward pass.
+
+    A hook of a backward pass may call a forward of its own. A checkpoint is on the stack, which is
+    looked at in a backward pass only.
+    """
+    if torch._C._current_graph_task_id() == -1:  # no backward pass is running
+        return False
+    frame = inspect.currentframe()
+    while frame is not None:
+        if "checkpoint" in frame.f_globals.get("__name__", ""):  # torch's, or that of a library
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _with_version(saved: Tensor) -> tuple[Tensor, int]:
+    return saved.detach(), saved._version
+
+
+def _unchanged(kept: tuple[Tensor, int]) -> Tensor:
+    """Return what was saved; hooks of ours switch off this check of autograd's own."""
+    saved, version = kept
+    if saved._version != version:
+        raise RuntimeError(
+            f"a {tuple(saved.shape)} tensor that SwAVLoss needs for the gradient was changed in "
+            f"place after the forward pass: it is at version {saved._version}, expected version "
+            f"{version}"
+        )
+    return saved

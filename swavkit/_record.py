@@ -10,14 +10,15 @@ from torch import nn
 
 from swavkit._agreement import checksum
 from swavkit._distributed import is_sharded
-from swavkit._hooks import computes_plainly
+from swavkit._hooks import is_plainly
 
 _HEADS = 8  # whose sizes are compared one by one; those of more by their sum
 
 _ONE_BY_ONE = "whether heads get their codes one by one"
 
 ADVICE = {
-    _ONE_BY_ONE: "they do where sinkhorn is replaced or has forward pre-hooks",
+    _ONE_BY_ONE: "they do where sinkhorn is replaced or has hooks, which must be so on all ranks",
+    "steps": "load a checkpoint on every process",
     "the checksum of the prototypes": "wrap SwAVLoss in DistributedDataParallel or fully_shard, "
     "alone or inside the model: left bare, each process trains prototypes of its own",
 }
@@ -33,6 +34,7 @@ def record(
     """
     sizes: list[int | None] = [head.num_prototypes for head in heads[:_HEADS]]
     sizes += [None] * (_HEADS - len(sizes))
+    mean_of_all = criterion.reduction == "global_mean"
     checksums = [checksum(head.weight) for head in heads if not is_sharded(head.weight)]
     return {
         "the number of heads": len(heads),
@@ -44,10 +46,10 @@ def record(
         "temperature": getattr(criterion.loss, "temperature", None),
         "queue_start": criterion.queue_start,
         "freeze_steps": criterion.freeze_steps,
-        "reduction='global_mean'": criterion.reduction == "global_mean",
+        "reduction='global_mean'": mean_of_all,
         "steps": criterion.steps,
         **sinkhorn._settings()._asdict(),
-        _ONE_BY_ONE: len(heads) > 1 and not computes_plainly(sinkhorn, kind),
+        _ONE_BY_ONE: (len(heads) > 1 or mean_of_all) and not is_plainly(sinkhorn, kind),
         "the checksum of the prototypes": checksum(torch.stack(checksums).unsqueeze(1))
         if checksums
         else None,

@@ -59,7 +59,7 @@ def sharded_state_dict(
         shards = {name: shard_of(getattr(queue, name), group) for name in keys}
         if any(like is not None and like[0] != shards[name].shape for name, like in found.items()):
             shards = {
-                name: values if like is None else torch.empty(like[0], dtype=like[1])
+                name: values if like is None else torch.empty(like[0], dtype=like[1], device="cpu")
                 for (name, values), like in zip(shards.items(), found.values(), strict=True)
             }
         state |= _spread(shards, keys)
@@ -155,12 +155,13 @@ def _deal(stacked: dict[str, Tensor], length: int, rank: int, size: int) -> dict
     """Return the state of one of ``size`` queues, given the states of others in rows."""
     features, valid, position = stacked["features"], stacked["valid"], stacked["position"]
     saved = features.shape[2]
+    device = features.device
     age = stacked["pushes"].unsqueeze(1) - stacked["written"]  # (processes, saved), in pushes
     # Newest first: the last sample of a ring is the one before its position, and of one step the
     # samples of the last process came last.
-    back = (position.unsqueeze(1) - 1 - torch.arange(saved)) % saved
-    order = [back.argsort(dim=1) + saved * torch.arange(len(back)).unsqueeze(1)]
-    newest = torch.cat(order).flip(0).flatten()
+    back = (position.unsqueeze(1) - 1 - torch.arange(saved, device=device)) % saved
+    rows = torch.arange(len(back), device=device).unsqueeze(1)
+    newest = (back.argsort(dim=1) + saved * rows).flip(0).flatten()
     newest = newest[valid.flatten()[newest]]
     newest = newest[age.flatten()[newest].argsort(stable=True)]
     own = newest[: size * length][rank::size].flip(0)  # oldest first, as they were pushed
@@ -169,8 +170,8 @@ def _deal(stacked: dict[str, Tensor], length: int, rank: int, size: int) -> dict
     pushes = stacked["pushes"].max()
     state = {
         "features": features.new_zeros(features.shape[1], length, features.shape[3]),
-        "valid": torch.arange(length) < count,
-        "position": torch.tensor(count % length),
+        "valid": torch.arange(length, device=device) < count,
+        "position": torch.tensor(count % length, device=device),
         "rejected": stacked["rejected"].sum() * (rank == 0),
         "written": pushes.new_zeros(length),
         "pushes": pushes,

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from swavkit import _checks
+from swavkit._own_state import OwnState
+from swavkit._precision import autocast_disabled
 
 __all__ = ["FeatureQueue"]
 
-_STATE = ("features", "valid", "position", "rejected", "written", "pushes")
 _SINCE_VERSION_2 = ("written", "pushes")
 _STORAGE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class FeatureQueue(nn.Module):
+class FeatureQueue(OwnState):
     """The most recent features of each code view, with a mark for the slots that hold any.
 
     It is a ring: new features overwrite the oldest, slots never move, and shapes never change. It
@@ -42,9 +43,11 @@ class FeatureQueue(nn.Module):
 
     These are saved in ``state_dict()``, and move and change dtype with the module, as buffers do.
     They are no buffers because ``DistributedDataParallel`` would overwrite those of every process
-    with the ones of rank 0. A state from before the last two were kept loads with both at 0: all
-    its features count as written by the latest push. :func:`~swavkit.sharded_state_dict` saves the
-    queues of all processes.
+    with the ones of rank 0, and weight averaging would take their means. FSDP moves only parameters
+    and buffers: :class:`SwAVLoss` brings its queue to where its prototypes are, and a queue that is
+    used without it is moved by ``to()``. A state from before the last two were kept loads with both
+    at 0: all its features count as written by the latest push.
+    :func:`~swavkit.sharded_state_dict` saves the queues of all processes.
 
     Raises:
         TypeError: If a size is no int or the features are no floating tensors.
@@ -61,7 +64,10 @@ class FeatureQueue(nn.Module):
         tensor([1, 1, 1, 0])
     """
 
+    __prepare_scriptable__ = _checks.refuse_scripting
+
     _version = 2
+    _own = ("features", "valid", "position", "rejected", "written", "pushes")
 
     features: Tensor
     valid: Tensor
@@ -90,6 +96,10 @@ class FeatureQueue(nn.Module):
         self.written = torch.zeros(self.length, dtype=torch.int64)
         self.pushes = torch.zeros((), dtype=torch.int64)
 
+    def reset_parameters(self) -> None:
+        """Empty the queue, in place: no slot is valid and all counts are 0."""
+        self._empty_own()
+
     @torch.no_grad()
     def push(self, features: Tensor | Sequence[Tensor], *, valid: Tensor | None = None) -> None:
         """Store new features over the oldest ones. Nothing is read from the device.
@@ -110,7 +120,9 @@ class FeatureQueue(nn.Module):
         if valid is not None:
             _checks.mask("valid", valid, views[0].shape[:1], views[0])
 
-        new = torch.stack([view.detach() for view in views]).to(self.features.dtype)
+        with autocast_disabled(views[0].device):  # which does not stack all half precisions
+            new = torch.stack([view.detach() for view in views])
+        new = new.to(self.features.dtype)
         finite = new.abs().amax(dim=(0, 2)) < torch.inf  # (B,), false for NaN
         keep = finite if valid is None else finite & valid
         self.rejected.add_((~finite if valid is None else valid & ~finite).sum())
@@ -149,54 +161,14 @@ class FeatureQueue(nn.Module):
         dtype = self.features.dtype
         return f"{shown}, dtype={dtype}" if dtype.itemsize < 4 else shown
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureQueue:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name in _STATE:
-            setattr(self, name, fn(getattr(self, name)))
-        return self
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in _STATE:
-            destination[prefix + name] = getattr(self, name)
-
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any
     ) -> None:
-        own = {name: prefix + name for name in _STATE}
-        others = {key: value for key, value in state_dict.items() if key not in own.values()}
-        super()._load_from_state_dict(
-            others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        loaded = {name: state_dict[key] for name, key in own.items() if key in state_dict}
+        """Let a state from before pushes were counted say that none was."""
         old = (local_metadata.get("version") or 1) < 2
-        if old and "features" in loaded and not loaded.keys() & set(_SINCE_VERSION_2):
-            loaded |= {
-                name: torch.zeros_like(getattr(self, name), device=loaded["features"].device)
-                for name in _SINCE_VERSION_2
-            }
-        if strict:
-            missing_keys += [key for name, key in own.items() if name not in loaded]
-        mismatches = [
-            f"size mismatch for {own[name]}: expected shape {tuple(getattr(self, name).shape)}, "
-            f"got {tuple(value.shape)}"
-            for name, value in loaded.items()
-            if value.shape != getattr(self, name).shape
-        ]
-        error_msgs += mismatches
-        if mismatches:
-            return  # a queue half loaded would be neither the old one nor the new
-        for name, value in loaded.items():
-            if local_metadata.get("assign_to_params_buffers", False):
-                setattr(self, name, value)
-            else:
-                getattr(self, name).copy_(value)
+        since = {prefix + name: getattr(self, name) for name in _SINCE_VERSION_2}
+        if old and prefix + "features" in state_dict and not state_dict.keys() & since.keys():
+            device = state_dict[prefix + "features"].device
+            zeros = {key: torch.zeros_like(value, device=device) for key, value in since.items()}
+            state_dict = {**state_dict, **zeros}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)

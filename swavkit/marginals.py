@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from swavkit import _checks
-from swavkit._distributed import participants, sum_over_ranks
+from swavkit._distributed import gather_over_ranks, participants, sum_over_ranks
+from swavkit._plan import Masses
 from swavkit._precision import at_least_float32, autocast_disabled
 
 if TYPE_CHECKING:
@@ -71,14 +72,18 @@ def marginal_error(
 
     with torch.no_grad(), autocast_disabled(codes.device):
         dtype = at_least_float32(codes.dtype)
-        sample_mass = masses(sample_weight, codes.shape[:-1], codes.device, dtype)  # (..., B), r
-        prototype_mass = masses(prototype_weight, codes.shape[-1:], codes.device, dtype)  # (K,), c
+        log_mass, log_largest = masses(sample_weight, codes.shape[:-1], codes.device, dtype)
+        sample_mass = log_mass.exp()  # (..., B), r
+        prototype_weights = masses(prototype_weight, codes.shape[-1:], codes.device, dtype)
         present = (sample_mass != 0).unsqueeze(-1)
         used = (torch.where(present, codes, 0) * sample_mass.unsqueeze(-1)).sum(dim=-2)  # (..., K)
-        both = torch.cat([used, sample_mass.sum(dim=-1, keepdim=True)], dim=-1)
-        both = sum_over_ranks(both, group)
+        own = torch.cat([used, sample_mass.sum(dim=-1, keepdim=True), log_largest], dim=-1)
+        # Each process has a unit of its own, and none of them might hold the sum.
+        of_ranks = gather_over_ranks(own, group)
+        units = of_ranks[..., -1:]
+        both = (of_ranks[..., :-1] * (units - units.amax(dim=0)).exp()).sum(dim=0)
         used, total = both[..., :-1], both[..., -1:]
-        wanted = prototype_mass / prototype_mass.sum() * total
+        wanted = prototype_weights.log.softmax(dim=-1) * total  # in proportion to c, (K,)
         error = (used / wanted - 1).abs()
         return error.masked_fill((used == 0) & (wanted == 0), 0).amax(dim=-1)
 
@@ -96,7 +101,7 @@ def power_law_prior(num_prototypes: int, exponent: float = 0.25) -> Tensor:
         exponent: How fast the masses fall off, at least 0; equal masses at 0.
 
     Returns:
-        (K,) float32 masses, which sum to 1, from the largest to the smallest.
+        (K,) float32 masses on the CPU, which sum to 1, from the largest to the smallest.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -111,18 +116,24 @@ def power_law_prior(num_prototypes: int, exponent: float = 0.25) -> Tensor:
     """
     num_prototypes = _checks.positive_int("num_prototypes", num_prototypes)
     exponent = _checks.non_negative_float("exponent", exponent)
-    ranks = torch.arange(1, num_prototypes + 1, dtype=torch.float64)
+    ranks = torch.arange(1, num_prototypes + 1, dtype=torch.float64, device="cpu")
     return (-exponent * ranks.log()).softmax(dim=0).float()
 
 
 def masses(
     weight: Tensor | None, shape: torch.Size, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """Return a weight as masses of ``shape``; NaN where it is negative, so that it shows."""
+) -> Masses:
+    """Return a weight as masses of ``shape`` in ``dtype``.
+
+    Its logarithm is taken in its own dtype, if that is wider.
+    """
     if weight is None:
-        return torch.ones(shape, device=device, dtype=dtype)
-    weight = weight.detach()
-    return torch.where(weight < 0, torch.nan, weight.to(dtype)).expand(shape).clone()
+        log = torch.zeros(shape, device=device, dtype=dtype)
+    else:
+        log = weight.detach().to(torch.promote_types(weight.dtype, dtype)).log().expand(shape)
+    none = log.new_full((*shape[:-1], 1), torch.finfo(dtype).min)
+    largest = torch.cat([log, none], dim=-1).amax(dim=-1, keepdim=True)
+    return Masses((log - largest).to(dtype), largest.to(dtype))
 
 
 def refuse_bad_values(
@@ -146,8 +157,8 @@ def refuse_bad_values(
         "prototype_weight must have a positive sum": prototype_totals[prototype_totals == 0],
         "scores must be finite in every sample that is present": counted[~counted.isfinite()],
     }
-    counts = torch.tensor([values.numel() for values in breaches.values()])
-    record = torch.cat([counts.to(totals), totals.flatten(), samples.flatten()])
+    counts = [values.numel() for values in breaches.values()]
+    record = torch.cat([totals.new_tensor(counts), totals.flatten(), samples.flatten()])
     record = sum_over_ranks(record, group)
     of_all, (totals, samples) = record[: len(breaches)].tolist(), record[len(breaches) :].chunk(2)
     for (expected, values), count in zip(breaches.items(), of_all, strict=True):

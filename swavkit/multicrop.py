@@ -23,7 +23,7 @@ from swavkit.photometric import PhotometricDistortion
 __all__ = ["MultiCropTransform"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)  # the published code has 0.228 in the first place, a slip
+IMAGENET_STD = (0.229, 0.224, 0.225)  # the published code has 0.228 in the first channel, a typo
 
 
 class MultiCropTransform:
@@ -49,17 +49,23 @@ class MultiCropTransform:
         group after group; a batch (B, C, H, W) on any device gives (B, C, size, size), and so does
         a list of B images of any sizes. Images are uint8, or floating and in [0, 1]; floating
         images keep their dtype, uint8 and PIL give float32. Float16 and bfloat16 are worked on in
-        float32. A channels-last batch gives channels-last crops. A PIL image of mode L has 1
-        channel, unless ``mean`` or ``std`` name 3; every other 8-bit mode is converted to RGB. A
-        NaN pixel makes crops NaN where they show it; where a batch is worked on as a whole, also
-        elsewhere in the crops of its image.
+        float32. A channels-last batch gives channels-last crops. A NaN pixel is permitted and makes
+        the crops that show it NaN there; other pixels of the crops of its image may become NaN too,
+        those of other images do not.
+
+        A PIL image is turned upright as its EXIF orientation says, and boxes are in pixels of the
+        upright image. Transparent pixels are composited on white. Modes 1, L, LA, I;16, I and F
+        have 1 channel, unless ``mean`` or ``std`` name 3; every other mode is converted to RGB.
+        Values of modes I;16 and I, as which PIL opens 16-bit files, are divided by 65535; those of
+        mode F must be in [0, 1].
 
     Raises:
         TypeError: If a group is no ``CropGroup``, or the image is no image or of another dtype.
         ValueError: If there is no crop, the first group is not the largest, the image has no
-            pixels, a wrong rank, values outside [0, 1] (looked for on a CPU only, and only where
-            colours are changed), or not the channels of ``mean`` and ``std``, or a callable changes
-            a shape.
+            pixels, a wrong rank, values out of range, or not the channels of ``mean`` and ``std``,
+            or a callable changes a shape. The values of tensors are checked on a CPU only, and not
+            under ``torch.compile``; elsewhere values outside [0, 1] are clamped by the photometric
+            step, or stay as they are without one.
 
     Example:
         >>> groups = (CropGroup(16, 2, (0.14, 1.0)), CropGroup(8, 3, (0.05, 0.14)))
@@ -164,7 +170,7 @@ class MultiCropTransform:
         _checks.choice("return_boxes", return_boxes, (False, True))
         generator = _source(generator, seed)
         images = _images.load(image, self._channels)
-        self._check_colours(images)
+        self._check_pixels(images)
         parameters = self._draw(images, generator)
         rounding = self.eight_bit and images.first.dtype == torch.uint8
         many_small = images.many_small(max(group.size for group in self.crops)) and not rounding
@@ -179,27 +185,23 @@ class MultiCropTransform:
             return crops
         top, left, height, width, mirrored = parameters[..., : _crops.BOX].unbind(-1)
         boxes = torch.stack([left, top, left + width, top + height], dim=-1).long()
-        return crops, list(boxes.unbind(-2)), list((mirrored > 0).unbind(-1))
+        # Copies: a view would keep, and save, those of all crops.
+        flips = (mirrored > 0).unbind(-1)
+        return crops, [box.clone() for box in boxes.unbind(-2)], [flip.clone() for flip in flips]
 
-    def _check_colours(self, images: Images) -> None:
-        coloured = False
+    def _check_pixels(self, images: Images) -> None:
         for index, group in enumerate(self.crops):
             if isinstance(group.photometric, PhotometricDistortion):
                 name = f"the image for crops[{index}]"
                 photometric.check_channels(group.photometric, name, images.channels)
-                coloured |= photometric.changes_colours(group.photometric)
-        if coloured and images.first.is_floating_point() and on_cpu(images.first):
-            images.refuse_values_outside_0_1()  # they would be clamped to a white image
+        if images.first.is_floating_point() and on_cpu(images.first):
+            images.refuse_values_outside_0_1()  # they would turn white, or stay unnormalised
 
     def _draw(self, images: Images, generator: torch.Generator | None) -> Tensor:
         """Return the parameters (B, V, ...) of all crops on the CPU: boxes, photometric steps."""
-        uniform = torch.rand(
-            len(images.samples),
-            len(self._each_crop),
-            _crops.NUMBERS + photometric.NUMBERS,
-            generator=generator,
-            dtype=torch.float64,
-            device="cpu",
+        numbers = _crops.NUMBERS + photometric.NUMBERS
+        uniform = photometric.random_numbers(
+            len(images.samples), len(self._each_crop), numbers, generator=generator
         )
         of_boxes, of_steps = uniform[..., : _crops.NUMBERS], uniform[..., _crops.NUMBERS :]
         boxes = _crops.draw_boxes(of_boxes, images.sizes(), *self._limits)
@@ -212,8 +214,8 @@ class MultiCropTransform:
 
     def _one_by_one(self, images: Images, parameters: Tensor) -> list[Tensor]:
         """Cut, distort and normalise crop by crop on the CPU, each while it is in the cache."""
-        mean, std = (self._statistic(value, images) for value in (self.mean, self.std))
         most = images.largest_value
+        mean, std, unit = (self._statistic(v, images) for v in (self.mean, self.std, 1 / most))
         scaled_mean, scale, scaled_scale = most * mean, 1 / std, 1 / (most * std)
         results = [
             torch.empty(
@@ -234,11 +236,11 @@ class MultiCropTransform:
                 if group.photometric is None:
                     torch.sub(cut, scaled_mean, out=crop).mul_(scaled_scale)
                 elif isinstance(group.photometric, PhotometricDistortion):
-                    cut = torch.mul(cut, 1 / most, out=_contiguous(crop))
+                    cut = torch.mul(cut, unit, out=_contiguous(crop))
                     _colour.distort_(cut, numbers[_crops.BOX :])
                     torch.sub(cut, mean, out=crop).mul_(scale)
                 else:
-                    torch.mul(cut, 1 / most, out=crop)
+                    torch.mul(cut, unit, out=crop)
         for position, (index, group) in enumerate(self._each_crop):
             if _is_users(group.photometric):
                 crops = self._users_step(results[position], index, images.single)
@@ -289,7 +291,9 @@ def _step_of(crop: tuple[int, CropGroup]) -> Callable[[Tensor], Tensor] | None:
 
 def _contiguous(crop: Tensor) -> Tensor:
     """Return the memory of a crop where it is contiguous, else memory like it."""
-    return crop if crop.is_contiguous() else torch.empty(crop.shape, dtype=crop.dtype)
+    if crop.is_contiguous():
+        return crop
+    return torch.empty_like(crop, memory_format=torch.contiguous_format)
 
 
 def _is_users(step: Callable[[Tensor], Tensor] | None) -> bool:

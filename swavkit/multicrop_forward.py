@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from swavkit import _checks
+from swavkit._precision import autocast_disabled
 
 __all__ = ["multi_crop_forward"]
 
@@ -20,6 +21,11 @@ def multi_crop_forward(
 
     Crops of one resolution go through the network together, in the order of their first appearance,
     so batch statistics are taken per resolution.
+
+    Under ``DistributedDataParallel``, call this function inside the wrapped module, as in the
+    example. If the network alone is wrapped and has BatchNorm, wrap it with
+    ``broadcast_buffers=False``: otherwise, up to PyTorch 2.11, the wrapper overwrites the buffers
+    between the passes of two resolutions, and the backward pass fails.
 
     Args:
         network: Takes (N, C, H, W) crops, returns (N, D) features, with the same D for all.
@@ -40,6 +46,13 @@ def multi_crop_forward(
         >>> crops = [torch.rand(4, 3, size, size) for size in (16, 16, 8)]
         >>> multi_crop_forward(network, crops).shape
         torch.Size([3, 4, 3])
+        >>> class Model(torch.nn.Module):  # the module to wrap in DistributedDataParallel
+        ...     def __init__(self, network):
+        ...         super().__init__()
+        ...         self.network = network
+        ...
+        ...     def forward(self, crops):
+        ...         return multi_crop_forward(self.network, crops)
 
     References:
         Caron et al. 2020, arXiv 2006.09882, section 3.2.
@@ -53,7 +66,11 @@ def multi_crop_forward(
     positions: dict[tuple[int, int], list[int]] = {}
     for index, crop in enumerate(crops):
         _checks.floating_tensor(f"crops[{index}]", crop)
-        if crop.dim() != 4 or crop.shape[:2] != crops[0].shape[:2]:
+        if crop.dim() != 4:
+            raise ValueError(
+                f"crops[{index}] must have shape (B, C, H, W), got {tuple(crop.shape)}"
+            )
+        if crop.shape[:2] != crops[0].shape[:2]:
             raise ValueError(
                 f"crops[{index}] must have shape (B, C, H, W) with B and C as in crops[0], got "
                 f"{tuple(crop.shape)} beside {tuple(crops[0].shape)}"
@@ -62,7 +79,9 @@ def multi_crop_forward(
     features: dict[int, Tensor] = {}
     for (height, width), members in positions.items():
         name = f"the output of network for crops of {height}x{width}"
-        output = _under(key, name, network(torch.cat([crops[index] for index in members])))
+        with autocast_disabled(crops[0].device):  # which joins no tensors of another half precision
+            together = torch.cat([crops[index] for index in members])
+        output = _under(key, name, network(together))
         _checks.floating_tensor(name, output)
         if output.dim() != 2 or len(output) != len(members) * len(crops[0]):
             raise ValueError(
@@ -76,7 +95,8 @@ def multi_crop_forward(
                 f"{name} must have D = {features[0].shape[1]} as for the crops before, got "
                 f"{tuple(output.shape)}"
             )
-    return torch.stack([features[index] for index in range(len(crops))])
+    with autocast_disabled(crops[0].device):
+        return torch.stack([features[index] for index in range(len(crops))])
 
 
 def _under(key: int | str | None, name: str, output: Any) -> Any:

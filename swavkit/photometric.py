@@ -26,7 +26,8 @@ class PhotometricDistortion:
     """The published photometric step: colour jitter, greyscale, Gaussian blur, drawn per sample.
 
     Brightness, contrast, saturation and hue are changed in a random order, together with
-    probability ``jitter_probability``. Brightness multiplies the pixels by a factor, contrast
+    probability ``jitter_probability``. The default strengths, (0.8, 0.8, 0.8, 0.2) with probability
+    0.8, are those of the authors' program. Brightness multiplies the pixels by a factor, contrast
     blends them with the mean grey of the crop, saturation with the grey of each pixel, each factor
     uniform in [1 - strength, 1 + strength]; hue turns the colour circle by up to ``hue`` of a
     revolution. Each result is clamped to [0, 1]. The blur mirrors the crop at its borders.
@@ -58,14 +59,13 @@ class PhotometricDistortion:
         torch.Size([4, 3, 8, 8])
 
     References:
-        Caron et al. 2020, arXiv 2006.09882; the strengths are 0.8 · (0.8, 0.8, 0.8, 0.2), after
-        Chen et al. 2020, arXiv 2002.05709. The authors' program has (0.8, 0.8, 0.8, 0.2) itself.
+        Caron et al. 2020, arXiv 2006.09882, after Chen et al. 2020, arXiv 2002.05709.
     """
 
-    brightness: float = 0.64
-    contrast: float = 0.64
-    saturation: float = 0.64
-    hue: float = 0.16
+    brightness: float = 0.8
+    contrast: float = 0.8
+    saturation: float = 0.8
+    hue: float = 0.2
     jitter_probability: float = 0.8
     greyscale_probability: float = 0.2
     blur_probability: float = 0.5
@@ -92,9 +92,7 @@ class PhotometricDistortion:
             )
         check_channels(self, "crops", crops.shape[-3])
         batch = (crops if crops.dim() == 4 else crops[None]).to(at_least_float32(crops.dtype))
-        uniform = torch.rand(
-            len(batch), NUMBERS, generator=generator, dtype=torch.float64, device="cpu"
-        )
+        uniform = random_numbers(len(batch), NUMBERS, generator=generator)
         parameters = draw(self, uniform, batch.shape[1])
         if one_by_one(batch):
             distorted = batch.clone(memory_format=torch.contiguous_format)
@@ -103,6 +101,13 @@ class PhotometricDistortion:
         else:
             distorted = distort(self, batch, on_device(parameters, batch.dtype, batch.device))
         return distorted.to(crops.dtype).view(crops.shape)
+
+
+def random_numbers(*shape: int, generator: torch.Generator | None) -> Tensor:
+    """Draw numbers uniform in [0, 1) on the CPU; None is torch's global generator."""
+    if generator is None:  # then unnamed, for torch compiles no generator=None of any batch size
+        return torch.rand(shape, dtype=torch.float64, device="cpu")
+    return torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def check_channels(settings: PhotometricDistortion, name: str, channels: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,8 @@ class PrototypeLayer(nn.Module):
         TypeError: If a size is no int or ``features`` is no floating tensor.
         ValueError: If a setting is out of range, the last dimension of ``features`` is not D, or
             they are on another device.
-        RuntimeError: If FSDP2 has not gathered the weight.
+        RuntimeError: If FSDP2 has not gathered the weight, or if a method would change a weight
+            that a parametrization computes.
 
     Example:
         >>> prototypes = PrototypeLayer(feature_dim=16, num_prototypes=5)
@@ -61,6 +62,8 @@ class PrototypeLayer(nn.Module):
         >>> prototypes.assign(prototypes.directions)
         tensor([0, 1, 2, 3, 4])
     """
+
+    __prepare_scriptable__ = _checks.refuse_scripting
 
     _held = slice(None)  # which of the prototypes this process has
 
@@ -79,11 +82,15 @@ class PrototypeLayer(nn.Module):
     def _configure(self, feature_dim: int, num_prototypes: int, gradient: str) -> None:
         self.feature_dim = _checks.positive_int("feature_dim", feature_dim)
         self.num_prototypes = _checks.positive_int("num_prototypes", num_prototypes)
-        _checks.choice("gradient", gradient, ("tangent", "published"))
         self.gradient = gradient
+        self._check_gradient()
+
+    def _check_gradient(self) -> None:
+        _checks.choice("gradient", self.gradient, ("tangent", "published"))
 
     def reset_parameters(self) -> None:
         """Draw the prototypes uniformly on the unit sphere, from torch's global generator."""
+        self._require_stored_weight()
         nn.init.normal_(self.weight)
         self.normalize_()
 
@@ -103,6 +110,7 @@ class PrototypeLayer(nn.Module):
                 global one.
         """
         self._check(features)
+        self._require_stored_weight()
         rows = features.detach().flatten(0, -2) if features.dim() > 1 else features[None]
         if len(rows) < self.num_prototypes:
             raise ValueError(
@@ -111,7 +119,8 @@ class PrototypeLayer(nn.Module):
             )
         usable = rows.isfinite().all(dim=-1) & (rows != 0).any(dim=-1)
         if len(rows) > self.num_prototypes:
-            order = torch.rand(len(rows), generator=generator, device=rows.device)
+            # Not torch.rand, which takes no generator=None when it is compiled for any size.
+            order = torch.empty(len(rows), device=rows.device).uniform_(generator=generator)
             chosen = order.masked_fill_(~usable, -1).topk(self.num_prototypes).indices
             rows, usable = rows.index_select(0, chosen), usable.index_select(0, chosen)
         directions = unit_rows(rows[self._held]).to(self.weight.dtype)
@@ -132,9 +141,13 @@ class PrototypeLayer(nn.Module):
         """
         return F.linear(*self._factors(features, frozen))
 
+    if TYPE_CHECKING:
+        __call__ = forward  # nn.Module's returns anything
+
     def _factors(self, features: Tensor, frozen: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return unit rows (..., D) and (K, D), in one dtype, whose product the scores are."""
         self._check(features)
+        self._check_gradient()
         weight = self._rows()
         if frozen is not None:
             # Not a gradient times 0: that would make NaN of an infinite one.
@@ -159,6 +172,7 @@ class PrototypeLayer(nn.Module):
         Under FSDP2 the place for it is behind the optimizer, while the weight lies in shards: of
         what is done to the gathered copy that a forward works on, nothing lasts.
         """
+        self._require_stored_weight()
         rows = self._rows()
         rows.copy_(unit_rows(rows).to(rows.dtype))
 
@@ -169,16 +183,26 @@ class PrototypeLayer(nn.Module):
         Under FSDP2 the weight must be gathered, by ``unshard()`` of the module that was given to
         ``fully_shard``.
         """
-        return self(features).argmax(dim=-1)  # type: ignore[no-any-return]
+        return self(features).argmax(dim=-1)
 
     def _rows(self) -> Tensor:
         """Return the stored rows that this process has."""
         return self.weight
 
+    def _require_stored_weight(self) -> None:
+        """Refuse to write to a weight that is computed anew from other parameters at each use."""
+        if "weight" not in self._parameters and "weight" not in self._buffers:
+            raise RuntimeError(
+                "weight must be a parameter of the layer to be written to, got one that is "
+                "computed from others, as by weight_norm or another parametrization; expected "
+                "initialize_, normalize_ or reset_parameters before that is registered, or after "
+                "it is removed"
+            )
+
     def _check(self, features: Tensor) -> None:
         _checks.floating_tensor("features", features)
         _checks.last_dimension("features", features, self.feature_dim, "features")
-        _checks.same_device("features", features, self.weight)
+        _checks.same_device("features", features, self.weight, self)
         if is_sharded(self._rows()):
             raise RuntimeError(
                 "weight lies in shards, as FSDP2 keeps it between the calls of the module that was "
@@ -264,7 +288,8 @@ class _UnitRows(torch.autograd.Function):
         if ctx.differentiate_norm:
             if torch.is_grad_enabled():  # for a second derivative
                 unit, norm, largest = _unit_rows(rows)
-            along = torch.linalg.vecdot(gradient, unit).unsqueeze(-1)
+            with autocast_disabled(gradient.device):  # a backward pass may run inside autocast
+                along = torch.linalg.vecdot(gradient, unit).unsqueeze(-1)
             gradient = torch.addcmul(gradient, along, unit, value=-1)
             if not torch.is_grad_enabled():
                 return gradient.div_(norm).div_(largest), None

@@ -233,10 +233,12 @@ class _Gathered(torch.autograd.Function):
         *others, samples, columns = values.shape
         padded = values.new_zeros(*others, most, columns)
         padded[..., :samples, :] = values
-        parts = gather_over_ranks(padded, batch.group)
-        return torch.cat(
-            [part[..., :size, :] for part, size in zip(parts, batch.sizes, strict=True)], dim=-2
-        )
+        with autocast_disabled(values.device):  # which would not join half precisions
+            parts = gather_over_ranks(padded, batch.group)
+            return torch.cat(
+                [part[..., :size, :] for part, size in zip(parts, batch.sizes, strict=True)],
+                dim=-2,
+            )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

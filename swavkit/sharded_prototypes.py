@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -191,6 +192,18 @@ def losses_of_shards(
             "prototypes are sharded: the parts are not called, since none can work on what one "
             "process has"
         )
+    settings = sinkhorn._settings()
+    temperature = _checks.positive_float("temperature", loss.temperature)
+    unsupported = {
+        "sinkhorn.hard": (settings.hard, False),
+        "sinkhorn.relaxation": (settings.relaxation, math.inf),
+        "sinkhorn.tolerance": (settings.tolerance, None),
+        "sinkhorn.validate": (settings.validate, False),
+        "memory": (criterion.memory if criterion.memory == "streamed" else "auto", "auto"),
+    }
+    for name, (value, only) in unsupported.items():
+        if value != only:
+            raise ValueError(f"{name} must be {only!r} where prototypes are sharded, got {value!r}")
     samples = features.shape[1]
     batch = whole_batch(samples, sample_weight, features.device, group)
     own = features.new_ones(samples) if sample_weight is None else sample_weight
@@ -218,13 +231,13 @@ def losses_of_shards(
             to_code,
             weight,
             head.num_prototypes,
-            epsilon=sinkhorn.epsilon,
-            iterations=sinkhorn.iterations,
+            epsilon=settings.epsilon,
+            iterations=settings.iterations,
             graded=batch.graded,
             group=group,
         )[:, : scores.shape[1]]
         of_samples = sharded_losses(
-            *factors, scores, codes, share, temperature=loss.temperature, group=group
+            *factors, scores, codes, share, temperature=temperature, group=group
         )
         details = None
         if return_details:

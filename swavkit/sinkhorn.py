@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from swavkit import _checks
 from swavkit._agreement import Agreement
-from swavkit._distributed import GroupHandle, participants, sum_over_ranks
+from swavkit._distributed import GroupHandle, participants
 from swavkit._iterations import find_u
 from swavkit._memory import empty
-from swavkit._plan import Plan, codes_at_once, fits_at_once, parts_of
+from swavkit._plan import Masses, Plan, codes_at_once, fits_at_once, parts_of
 from swavkit._precision import at_least_float32, autocast_disabled
 from swavkit.marginals import masses, refuse_bad_values
 
@@ -84,7 +84,8 @@ def sinkhorn_knopp(
         tolerance: Stop as soon as :func:`~swavkit.marginal_error` is at most this, for all
             problems. Reads a value on the host after each iteration, which makes an accelerator
             wait and cannot be compiled. Not with a finite ``relaxation``, which never gets there.
-        hard: Whether to round each code to the prototype of its largest entry.
+        hard: Whether to round each code to the prototype of its largest entry, the largest before
+            it is rounded to the dtype of ``scores``.
         validate: Whether to look at the values of scores and weights and refuse bad ones, on all
             processes if one has any. Makes an accelerator wait and cannot be compiled.
 
@@ -92,9 +93,11 @@ def sinkhorn_knopp(
         (..., B, K) codes in the dtype of ``scores``, without gradient. Without ``validate`` no
         value is checked: a sample with a NaN or an infinite score gets NaN codes, and the others
         those that they have without it; a negative, NaN or infinite weight makes every code NaN;
-        and where no sample is present, the code of an absent one is softmax(S/ε + log c). S/ε is
-        rounded in float32 (float64 for float64 scores), which limits the accuracy of an entry to
-        about 6e-8 · max|S| / ε.
+        and where no sample is present, the code of an absent one is softmax(S/ε + log c). Any
+        finite scores have codes, the lowest number of a dtype too, which forbids a prototype to a
+        sample. Differences of scores are rounded in float32 (float64 for float64 scores), which
+        limits the accuracy of an entry to about 6e-8 · max|S - max_i S| / ε. Weights of samples may
+        span 40 decades.
 
     Raises:
         TypeError: If ``scores`` is no floating tensor or a weight is neither bool nor floating.
@@ -151,8 +154,10 @@ def _codes(
                 problems = scores.flatten(0, -3)
                 problems = problems[0] if len(problems) == 1 else problems
             if strict and alone and fits_at_once(problems, iterations):
-                codes.append(codes_at_once(problems, epsilon, iterations))
+                found = codes_at_once(problems, epsilon, iterations)
+                codes.append((one_hot(found) if hard else found).to(scores.dtype))
                 continue
+            leading = problems.shape[:-2]
             codes.append(empty(problems.shape, scores.dtype, scores))
             dtype = at_least_float32(scores.dtype)
             sample_mass = masses(sample_weight, scores.shape[:-1], scores.device, dtype)
@@ -161,7 +166,7 @@ def _codes(
                 Plan(
                     problems.__getitem__,
                     parts_of(problems),
-                    sample_mass.view(problems.shape[:-1]),  # r
+                    Masses(*(each.view(*leading, each.shape[-1]) for each in sample_mass)),  # r
                     scores.shape[-1],
                     weighted=sample_weight is not None,
                     graded=any(weight.is_floating_point() for weight in weights),
@@ -171,16 +176,16 @@ def _codes(
             )
             prototype_mass = None
             if prototype_weight is not None:
-                prototype_mass = masses(prototype_weight, scores.shape[-1:], scores.device, dtype)
-                prototype_mass /= prototype_mass.sum()  # (K,), c
+                log_mass, _ = masses(prototype_weight, scores.shape[-1:], scores.device, dtype)
+                prototype_mass = log_mass.softmax(dim=-1)  # (K,), c
             prototype_masses.append(prototype_mass)
         if plans:
             find_u(plans, prototype_masses, iterations, relaxation, tolerance, group, rider)
         for plan in plans:
-            plan.codes()
+            plan.codes(one_hot if hard else None)
         if several[0].dim() > 2:
             codes = [each.view(scores.shape) for each, scores in zip(codes, several, strict=True)]
-        return [one_hot(each) for each in codes] if hard else codes
+        return codes
 
 
 class SinkhornKnopp(nn.Module):
@@ -219,6 +224,8 @@ class SinkhornKnopp(nn.Module):
                 [2.0612e-09, 2.0612e-09, 1.0000e+00]])
     """
 
+    __prepare_scriptable__ = _checks.refuse_scripting
+
     def __init__(
         self,
         epsilon: float = 0.05,
@@ -240,8 +247,6 @@ class SinkhornKnopp(nn.Module):
         self.synchronize = synchronize
         self._group = GroupHandle(process_group)
         self._agreement = Agreement()
-        self._known: Tensor | None = None  # for the present call, see _called
-        self._rider: Tensor | None = None
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -259,11 +264,7 @@ class SinkhornKnopp(nn.Module):
         prototype_weight: Tensor | None = None,
     ) -> Tensor:
         """Return the codes of ``scores``; see :func:`sinkhorn_knopp`."""
-        rider, self._rider = self._rider, None
-        known, self._known = self._known, None
-        if known is not None:
-            return known
-        return self._in_step([scores], sample_weight, prototype_weight, rider)[0]
+        return self._in_step([scores], sample_weight, prototype_weight)[0]
 
     def _in_step(
         self,
@@ -284,25 +285,6 @@ class SinkhornKnopp(nn.Module):
         dtype, device = several[0].dtype, several[0].device
         self._compare(shape, dtype, device, prototype_weight is not None)
         return _codes(several, sample_weight, prototype_weight, settings, group, rider)
-
-    def _called(
-        self, *inputs: Tensor | None, known: Tensor | None = None, rider: Tensor | None = None
-    ) -> Tensor:
-        """Call the module, so that its hooks are, and with no other argument than ever.
-
-        Args:
-            inputs: The arguments.
-            known: What our forward is to return, if that has been computed.
-            rider: Is summed over the processes along with what is computed, in place.
-        """
-        self._known, self._rider = known, rider
-        try:
-            codes: Tensor = self(*inputs)
-            if rider is not None and self._rider is not None:  # another forward has left it
-                rider.copy_(sum_over_ranks(rider.clone(), self._participants()))
-        finally:
-            self._known = self._rider = None
-        return codes
 
     def _compare(
         self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, prior: bool = False

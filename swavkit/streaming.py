@@ -33,12 +33,13 @@ import torch
 from torch import Tensor
 
 from swavkit._block_scores import BlockScores, find_memory
+from swavkit._device import traceable
 from swavkit._iterations import find_u
 from swavkit._known_gradients import LossWithGradients
 from swavkit._plan import Plan
 from swavkit._precision import autocast_disabled, product_dtype
 from swavkit.sinkhorn import one_hot
-from swavkit.swapped_prediction import errors_of_samples, residual_scale, shares
+from swavkit.swapped_prediction import errors_of_samples, shares
 
 if TYPE_CHECKING:
     from swavkit._distributed import ProcessGroup
@@ -85,10 +86,10 @@ def streamed_losses(
     """
     tracked = torch.is_grad_enabled()
     wanted = [tuple(tracked and part.requires_grad for part in pair) for pair in factors]
+    dtypes = [product_dtype(features) for features, _ in factors]  # while autocast can be asked
     with torch.no_grad(), autocast_disabled(factors[0][0].device):
         of_heads = []
-        for features, directions in factors:
-            dtype = product_dtype(features)
+        for (features, directions), dtype in zip(factors, dtypes, strict=True):
             of_heads.append(
                 BlockScores(
                     features.detach().to(dtype),
@@ -123,39 +124,39 @@ def _loss(
     """Return the loss, and its gradients for features and directions where they are asked for."""
     features, directions = scores.features, scores.directions
     views = len(features)
-    share = shares(sample_weight, features[0])
-    scale = residual_scale(features.dtype)
+    inverse_temperature = 1 / traceable(temperature, features.device)
+    share = shares(sample_weight, features[0]) / (len(scores.of_codes) * (views - 1))
+    factor = share * -inverse_temperature
     # In float16 the product of a feature and its share could underflow.
     dtype = torch.float32 if features.dtype == torch.float16 else features.dtype
     of_features = share.new_zeros(features.shape if to_features else (0,))
     of_directions = share.new_zeros(directions.shape if to_directions else (0,))
-    factor = -1 / (temperature * len(scores.of_codes) * (views - 1) * scale)
     loss = share.new_zeros(())
     for rows, parts in scores.blocks:
         of_block = scores.of(features[:, rows])  # (V, b, K)
         for part in parts:
             of_part = of_block[:, part.start - rows.start : part.stop - rows.start]
             codes = scores.codes(plan, part, of_part[: len(scores.of_codes)])
-            errors = errors_of_samples(
+            errors, scale = errors_of_samples(
                 list(of_part),
                 [one_hot(code) for code in codes] if hard else codes,
-                temperature,
+                inverse_temperature,
                 None if sample_weight is None else sample_weight[part],
                 list(of_part) if to_features or to_directions else None,
             )
             loss += (share[part] * errors).sum()
+            factor[part] /= scale
         if to_features:
             residual = of_block.flatten(0, 1).to(dtype)  # (V·b, K)
             products = (residual @ directions.to(dtype)).view(
                 of_block.shape[:2] + features.shape[-1:]
             )
-            of_features[:, rows] = products * (factor * share[rows]).unsqueeze(-1)
+            of_features[:, rows] = products * factor[rows].unsqueeze(-1)
         if to_directions:
             residual = of_block.flatten(0, 1).to(dtype)
-            weighted = (features[:, rows] * share[rows].unsqueeze(-1)).flatten(0, 1).to(dtype)
+            weighted = (features[:, rows] * factor[rows].unsqueeze(-1)).flatten(0, 1).to(dtype)
             if dtype == of_directions.dtype:
                 of_directions.addmm_(residual.T, weighted)
             else:
                 of_directions += residual.T @ weighted
-    of_directions *= factor
-    return loss / (len(scores.of_codes) * (views - 1)), (of_features, of_directions)
+    return loss, (of_features, of_directions)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from swavkit import _checks
-from swavkit._device import on_cpu
+from swavkit._device import on_cpu, scaled_sum, traceable
 from swavkit._known_gradients import LossOfFactors, LossOfScores
 from swavkit._precision import at_least_float32, autocast_disabled
 
@@ -39,9 +39,9 @@ __all__ = ["SwappedPredictionLoss", "swapped_prediction_loss"]
 # once, and so does a compiler, which fuses the operations.
 _ENTRIES_OF_A_BLOCK = 2**20
 
-# The entries of a residual are of the order of 1 down to that of 1/K. This brings 1/K into the
-# range of float16 for every K that fits in memory, and leaves room for codes that sum to hundreds.
-_SCALE_IN_FLOAT16 = 256.0
+# The entries of a residual go from the sum of a sample's codes down to 1/K of it. With this largest
+# entry, 1/K stays in the range of float16 for every K that fits in memory.
+_LARGEST_RESIDUAL_IN_FLOAT16 = 256.0
 
 
 def swapped_prediction_loss(
@@ -85,6 +85,7 @@ def swapped_prediction_loss(
     """
     temperature = _checks.positive_float("temperature", temperature)
     score_views = _checks.views("scores", scores, "prototypes", least=2)
+    _checks.untransformed("scores", score_views[0])
     code_views = _checks.views("codes", codes, "prototypes", least=1)
     _check_pairing(score_views, code_views)
     samples = score_views[0].shape[:1]
@@ -125,6 +126,8 @@ class SwappedPredictionLoss(nn.Module):
         >>> criterion(scores, codes=torch.eye(5).expand(2, 5, 5))
         tensor(0.0002)
     """
+
+    __prepare_scriptable__ = _checks.refuse_scripting
 
     def __init__(self, temperature: float = 0.1) -> None:
         super().__init__()
@@ -188,9 +191,9 @@ def prediction_error(
     scores: Tensor,
     target: Tensor,
     mass: Tensor,
-    temperature: float,
+    inverse_temperature: float | Tensor,
     residual: Tensor | None = None,
-    residual_scale: float = 1.0,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Return n · logsumexp(S/τ) - ⟨T, S⟩/τ for some samples of one view, (b,).
 
@@ -198,26 +201,28 @@ def prediction_error(
         scores: (b, K), S, of any floating dtype.
         target: (b, K), T, in the dtype of the arithmetic, float32 or float64.
         mass: (b,), n, the row sums of T.
-        temperature: τ.
+        inverse_temperature: 1/τ.
         residual: (b, K), overwritten with T - n · softmax(S/τ); it may be ``scores`` itself.
-        residual_scale: What the residual is multiplied by before it is rounded to its dtype.
+        scale: (b,), what the residual is multiplied by before it is rounded to its dtype.
     """
     largest = scores.amax(dim=-1, keepdim=True).to(target.dtype)
-    shift = largest / -temperature
+    shift = largest * -inverse_temperature
     if residual is not None and residual.dtype == target.dtype:
         logits = residual
     else:
         logits = torch.empty_like(target)
-    torch.add(shift, scores, alpha=1 / temperature, out=logits)  # at most 0, but for rounding
+    scaled_sum(shift, scores, inverse_temperature, out=logits)  # at most 0, but for rounding
     agreement: Tensor = torch.linalg.vecdot(target, logits)
     predictions = torch.softmax(logits, dim=-1, out=logits)
     # The softmax has divided exp(logits) by their sum: the largest of both tells by what.
-    log_sum = torch.add(shift, largest, alpha=1 / temperature).squeeze(-1)
+    log_sum = scaled_sum(shift, largest, inverse_temperature).squeeze(-1)
     log_sum -= predictions.amax(dim=-1).log()
     if residual is not None:
         torch.addcmul(target, predictions, mass.unsqueeze(-1), value=-1, out=logits)
-        if logits is not residual or residual_scale != 1:
-            torch.mul(logits, residual_scale, out=residual)
+        if scale is not None:
+            logits.mul_(scale.unsqueeze(-1))
+        if logits is not residual:
+            residual.copy_(logits)
     return mass * log_sum - agreement
 
 
@@ -234,18 +239,18 @@ def _loss_and_factor(
     """
     with torch.no_grad(), autocast_disabled(scores[0].device):
         share = shares(sample_weight, scores[0])
-        errors = torch.empty_like(share)
+        errors, scales = torch.empty_like(share), torch.empty_like(share)
+        inverse_temperature = 1 / traceable(temperature, share.device)
         for rows in _blocks(scores[0]):
-            errors[rows] = errors_of_samples(
+            errors[rows], scales[rows] = errors_of_samples(
                 [view[rows] for view in scores],
                 [code[rows] for code in codes],
-                temperature,
+                inverse_temperature,
                 None if sample_weight is None else sample_weight[rows],
                 None if residuals is None else [residual[rows] for residual in residuals],
             )
-        pairs = len(codes) * (len(scores) - 1)
-        factor = share / -(temperature * pairs * residual_scale(scores[0].dtype))
-        return (share * errors).sum() / pairs, factor.unsqueeze(-1)
+        share = share / (len(codes) * (len(scores) - 1))
+        return (share * errors).sum(), (share * -inverse_temperature / scales).unsqueeze(-1)
 
 
 def shares(sample_weight: Tensor | None, like: Tensor) -> Tensor:
@@ -253,39 +258,41 @@ def shares(sample_weight: Tensor | None, like: Tensor) -> Tensor:
     samples, dtype = len(like), at_least_float32(like.dtype)
     if sample_weight is None:
         return torch.full((samples,), 1 / max(samples, 1), dtype=dtype, device=like.device)
-    weight = sample_weight.to(dtype)
+    if samples == 0:
+        return like.new_zeros((0,), dtype=dtype)
+    weight = sample_weight.to(at_least_float32(sample_weight.dtype))
+    largest = weight.amax()  # divided by it, no weight and no sum over- or underflows
+    weight = (weight / torch.where(largest == 0, 1, largest)).to(dtype)
     total = weight.sum()
     return weight / torch.where(total == 0, 1, total)
-
-
-def residual_scale(dtype: torch.dtype) -> float:
-    """Return what residuals are multiplied by before they are rounded to ``dtype``."""
-    return _SCALE_IN_FLOAT16 if dtype == torch.float16 else 1.0
 
 
 def errors_of_samples(
     scores: list[Tensor],
     codes: list[Tensor],
-    temperature: float,
+    inverse_temperature: float | Tensor,
     sample_weight: Tensor | None,
     residuals: list[Tensor] | None,
-) -> Tensor:
-    """Return Σ_v [ n_v · logsumexp_k(S_v/τ) - ⟨T_v, S_v⟩/τ ] of some samples, (b,).
+) -> tuple[Tensor, Tensor]:
+    """Return Σ_v [ n_v · logsumexp_k(S_v/τ) - ⟨T_v, S_v⟩/τ ] of some samples, (b,), and a scale.
 
     Args:
         scores: V tensors (b, K).
         codes: A tensors (b, K).
-        temperature: τ.
+        inverse_temperature: 1/τ.
         sample_weight: (b,), or ``None``. Where it is 0, so are the error and the residuals.
-        residuals: V tensors (b, K), overwritten with T_v - n_v · softmax(S_v/τ), times
-            :func:`residual_scale`; they may be the ``scores`` themselves.
+        residuals: V tensors (b, K), overwritten with T_v - n_v · softmax(S_v/τ), times the scale
+            (b,); they may be the ``scores`` themselves.
     """
     dtype = at_least_float32(scores[0].dtype)
     absent = None if sample_weight is None else sample_weight == 0
-    scale = residual_scale(scores[0].dtype)
     codes = [code.to(dtype) for code in codes]
     of_all = reduce(torch.add, codes)
     mass_of_all = of_all.sum(dim=-1)
+    scale = None
+    if scores[0].dtype == torch.float16:
+        largest = mass_of_all.where((mass_of_all > 0) & mass_of_all.isfinite(), 1)
+        scale = _LARGEST_RESIDUAL_IN_FLOAT16 / largest
     errors = torch.zeros_like(mass_of_all)
     for view, view_scores in enumerate(scores):
         residual = None if residuals is None else residuals[view]
@@ -299,10 +306,12 @@ def errors_of_samples(
             if residual is not None:
                 residual.zero_()
             continue
-        errors += prediction_error(view_scores, target, mass, temperature, residual, scale)
+        errors += prediction_error(view_scores, target, mass, inverse_temperature, residual, scale)
         if absent is not None and residual is not None:
             residual.masked_fill_(absent.unsqueeze(-1), 0)
-    return errors if absent is None else errors.masked_fill_(absent, 0)
+    if absent is not None:
+        errors.masked_fill_(absent, 0)
+    return errors, torch.ones_like(errors) if scale is None else scale
 
 
 def _blocks(scores: Tensor) -> Iterator[slice]:
@@ -324,7 +333,7 @@ def _check_pairing(scores: list[Tensor], codes: list[Tensor]) -> None:
         raise ValueError(
             f"codes must hold at most as many views as scores, {len(scores)}, got {len(codes)}"
         )
-    if codes[0].shape != scores[0].shape:
+    if not _checks.same_shape(codes[0].shape, scores[0].shape):
         raise ValueError(
             f"codes must have the shape of scores per view, {tuple(scores[0].shape)}, "
             f"got {tuple(codes[0].shape)}"

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from swavkit import _checks
 from swavkit._agreement import Agreement
 from swavkit._details import SwAVDetails
-from swavkit._distributed import participants, share_of_mean, sum_over_ranks
+from swavkit._distributed import device_for, participants, share_of_mean, sum_over_ranks
 from swavkit._heads import losses_of_heads
-from swavkit._precision import at_least_float32
+from swavkit._own_state import OwnState
+from swavkit._precision import at_least_float32, autocast_disabled
 from swavkit._recomputation import Recomputation, keeping_what_it_saves
 from swavkit._record import ADVICE, record
 from swavkit.feature_queue import FeatureQueue
@@ -23,12 +24,21 @@ from swavkit.sinkhorn import SinkhornKnopp
 from swavkit.swapped_prediction import SwappedPredictionLoss
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from swavkit._distributed import ProcessGroup
+
+    class _Prototypes(PrototypeLayer, nn.ModuleList):
+        """What ``SwAVLoss.prototypes`` is to a type checker: a layer, or a list of layers."""
+
+        def __iter__(self) -> Iterator[PrototypeLayer]: ...
+        def __getitem__(self, index: int) -> PrototypeLayer: ...  # type: ignore[override]
+
 
 __all__ = ["SwAVDetails", "SwAVLoss"]
 
 
-class SwAVLoss(nn.Module):
+class SwAVLoss(OwnState):
     """The SwAV loss of the features of several views, with its prototypes and its queue.
 
     It is the parts, wired; with a queue and nothing else switched on, a training step is::
@@ -89,6 +99,11 @@ class SwAVLoss(nn.Module):
         loss: The :class:`SwappedPredictionLoss`.
         queue: The :class:`FeatureQueue`, or ``None`` without one.
         steps: int64 scalar, the training steps so far. A forward in ``eval()`` changes no state.
+            Like the queue's tensors it is saved and moved with the module and is no buffer. DDP
+            does not send it to other processes, so load a checkpoint on every one of them. Weight
+            averaging (``AveragedModel``, Lightning) does not touch it: an averaged copy keeps the
+            counter and the queue with which it was made. To train on from averaged prototypes, load
+            them into the criterion that was trained.
 
     Raises:
         TypeError: If a setting or an input is of the wrong type.
@@ -104,6 +119,10 @@ class SwAVLoss(nn.Module):
         >>> loss.shape, features.grad.shape
         (torch.Size([]), torch.Size([4, 8, 16]))
     """
+
+    __prepare_scriptable__ = _checks.refuse_scripting
+
+    _own = ("steps",)
 
     steps: Tensor
 
@@ -128,23 +147,21 @@ class SwAVLoss(nn.Module):
         shard_prototypes: bool = False,
     ) -> None:
         super().__init__()
-        self.num_code_views = _checks.positive_int("num_code_views", num_code_views)
+        self.num_code_views = num_code_views
+        self.queue_start, self.freeze_steps = queue_start, freeze_steps
+        self.memory, self.reduction = memory, reduction
+        self._check_settings()
         queue_length = _checks.non_negative_int("queue_length", queue_length)
-        self.queue_start = _checks.non_negative_int("queue_start", queue_start)
-        self.freeze_steps = _checks.non_negative_int("freeze_steps", freeze_steps)
-        _checks.choice("memory", memory, ("full", "streamed", "auto"))
-        self.memory = memory
-        _checks.choice("reduction", reduction, ("mean", "global_mean"))
-        self.reduction = reduction
-        self.prototypes: PrototypeLayer | nn.ModuleList
+        prototypes: Any
         layer = layer_class(shard_prototypes, process_group, synchronize)
-        if isinstance(num_prototypes, (list, tuple)):
+        if isinstance(num_prototypes, Sequence) and not isinstance(num_prototypes, str):
             sizes = _checks.positive_ints("num_prototypes", num_prototypes)
-            self.prototypes = nn.ModuleList(
+            prototypes = nn.ModuleList(
                 layer(feature_dim, size, gradient=prototype_gradient) for size in sizes
             )
         else:
-            self.prototypes = layer(feature_dim, num_prototypes, gradient=prototype_gradient)
+            prototypes = layer(feature_dim, num_prototypes, gradient=prototype_gradient)
+        self.prototypes: _Prototypes = prototypes
         self.sinkhorn = SinkhornKnopp(
             epsilon, iterations, process_group=process_group, synchronize=synchronize
         )
@@ -154,7 +171,22 @@ class SwAVLoss(nn.Module):
             self.queue = FeatureQueue(queue_length, feature_dim, num_code_views, dtype=queue_dtype)
         self._agreement = Agreement(repeatedly=True)  # prototypes may drift apart late
         self._recomputation = Recomputation()
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.steps = torch.zeros((), dtype=torch.int64)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the prototypes anew, empty the queue, and set the counter of steps to 0, in place.
+
+        After ``to_empty()`` it gives a criterion that was made on the meta device its first state.
+        Deferred initialization may also call the ``reset_parameters()`` of every module.
+        """
+        for head in self._heads():
+            head._require_stored_weight()
+        for head in self._heads():
+            head.reset_parameters()
+        if self.queue is not None:
+            self.queue.reset_parameters()
+        self._empty_own()
 
     @overload
     def forward(
@@ -197,6 +229,7 @@ class SwAVLoss(nn.Module):
             a tuple of them, one for each.
         """
         heads = self._heads()
+        self._check_settings()
         views = _checks.views(
             "features",
             features,
@@ -204,9 +237,13 @@ class SwAVLoss(nn.Module):
             least=max(2, self.num_code_views),
             last=heads[0].feature_dim,
         )
+        _checks.untransformed("features", views[0])
         if sample_weight is not None:
             _checks.weight("sample_weight", sample_weight, (views[0].shape[:1],), views[0])
-        _checks.same_device("features", views[0], heads[0].weight)
+        _checks.same_device("features", views[0], heads[0].weight, self)
+        for part in (self, self.queue):
+            if isinstance(part, OwnState):
+                part._follow(views[0].device)
         group = None
         if isinstance(self.sinkhorn, SinkhornKnopp) or self.reduction == "global_mean":
             group = _checks.instance("sinkhorn", self.sinkhorn, SinkhornKnopp)._participants()
@@ -214,7 +251,10 @@ class SwAVLoss(nn.Module):
         if not repeated:
             self._agreement.require(self._record, group, views[0].device, advice=ADVICE)
 
-        together = features if isinstance(features, Tensor) else torch.stack(views)  # (V, B, D)
+        together = features
+        if not isinstance(together, Tensor):
+            with autocast_disabled(views[0].device):  # which would not stack half precisions
+                together = torch.stack(views)  # (V, B, D)
         around = None
         if sample_weight is not None:
             # An absent sample may hold NaN. In the product that would reach every gradient, as
@@ -251,6 +291,9 @@ class SwAVLoss(nn.Module):
             return loss
         return loss, details if isinstance(self.prototypes, nn.ModuleList) else details[0]
 
+    if TYPE_CHECKING:
+        __call__ = forward  # nn.Module's returns anything
+
     def check_ranks(self) -> None:
         """Compare settings and prototypes with those of the other processes, which must all call.
 
@@ -262,14 +305,23 @@ class SwAVLoss(nn.Module):
         """
         sinkhorn = _checks.instance("sinkhorn", self.sinkhorn, SinkhornKnopp)
         group = participants(sinkhorn.process_group, True)
-        self._agreement.require(self._record, group, self.steps.device, advice=ADVICE, again=True)
+        device = device_for(group, self.steps.device)
+        self._agreement.require(self._record, group, device, advice=ADVICE, again=True)
+
+    def _check_settings(self) -> None:
+        """Refuse bad settings, at construction and where they were changed since."""
+        self.num_code_views = _checks.positive_int("num_code_views", self.num_code_views)
+        self.queue_start = _checks.non_negative_int("queue_start", self.queue_start)
+        self.freeze_steps = _checks.non_negative_int("freeze_steps", self.freeze_steps)
+        _checks.choice("memory", self.memory, ("full", "streamed", "auto"))
+        _checks.choice("reduction", self.reduction, ("mean", "global_mean"))
 
     def _record(self) -> dict[str, Any]:
         return record(self, self._heads(), self.sinkhorn, SinkhornKnopp)
 
     def _heads(self) -> list[PrototypeLayer]:
         several = isinstance(self.prototypes, nn.ModuleList)
-        return list(self.prototypes) if several else [self.prototypes]  # type: ignore[arg-type, list-item]
+        return list(self.prototypes) if several else [self.prototypes]
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""

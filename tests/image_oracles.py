@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import colorsys
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,6 +21,18 @@ DISTORTED = (CropGroup(12, 2, (0.3, 1.0)), CropGroup(6, 3, (0.05, 0.3)))
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+@contextlib.contextmanager
+def other_defaults() -> Iterator[None]:
+    """Set defaults of the session that code must not follow: device meta and float64."""
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
 
 
 def random_crops(

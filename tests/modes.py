@@ -21,6 +21,20 @@ class RefuseSynchronisation(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class RefuseSoftmaxOverRows(TorchDispatchMode):
+    """Raises an error at a softmax over another dimension than the last.
+
+    An accelerator spreads it badly, where other reductions over rows are spread well.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if "softmax" in func.name() and args[1] not in (-1, args[0].dim() - 1):
+            raise RuntimeError(f"{func} over dimension {args[1]}")
+        return func(*args, **(kwargs or {}))
+
+
 class CountingBackend:
     """Counts the graphs that torch.compile makes from now on, and runs them as they are."""
 
@@ -63,3 +77,27 @@ class LargestTensor(TorchDispatchMode):
         if isinstance(result, torch.Tensor) and result.dtype == self.dtype:
             self.numel = max(self.numel, result.numel())
         return result
+
+
+class RoundedProducts(TorchDispatchMode):
+    """Rounds the float32 factors of matrix products to 11 bits, as TF32 does, and counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        aten = torch.ops.aten
+        if func.overloadpacket in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm):
+            self.count += 1
+            args = [rounded_to_tf32(factor) for factor in args]
+        return func(*args, **(kwargs or {}))
+
+
+def rounded_to_tf32(factor: Any) -> Any:
+    """Return a float32 tensor rounded to the nearest number of 11 bits."""
+    if not isinstance(factor, torch.Tensor) or factor.dtype != torch.float32:
+        return factor
+    return ((factor.view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32)

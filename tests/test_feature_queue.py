@@ -252,6 +252,24 @@ def test_prototypes_score_what_is_stored_in_half_precision(device: torch.device)
         torch.testing.assert_close(scores, prototypes(features), rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("stored", tolerances.DTYPES, ids=str)
+@pytest.mark.parametrize("given", tolerances.DTYPES, ids=str)
+@pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16], ids=str)
+def test_under_autocast_what_is_stored_is_what_was_given(
+    device: torch.device, stored: torch.dtype, given: torch.dtype, autocast: torch.dtype
+) -> None:
+    features = torch.randn(2, 3, 3, device=device).to(given)
+    mark = torch.tensor([True, False, True], device=device)
+    for form in (features, list(features)):
+        queue = FeatureQueue(4, 3, dtype=stored).to(device)
+        with torch.autocast(device.type, dtype=autocast):
+            queue.push(form, valid=mark)
+            age = queue.age
+        assert age.tolist() == [0, -1, 0, -1]
+        assert queue.features.dtype == stored
+        assert torch.equal(queue.features[:, [0, 2]], features[:, [0, 2]].to(stored))
+
+
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_a_push_stores_in_eval_and_without_gradients(
     device: torch.device, mode: Callable[[], AbstractContextManager[Any]]
@@ -420,6 +438,22 @@ def test_all_state_moves_with_the_module() -> None:
     assert queue.features.shape == (2, 4, 3)
 
 
+@pytest.mark.parametrize("dtype", tolerances.DTYPES, ids=str)
+def test_a_queue_is_emptied_in_place(device: torch.device, dtype: torch.dtype) -> None:
+    queue, new = (FeatureQueue(4, 3, dtype=dtype).to(device) for _ in range(2))
+    held = list(queue.state_dict().values())
+    features = torch.randn(2, 7, 3, device=device)
+    features[0, 0] = math.nan
+    with RefuseSynchronisation():
+        queue.push(features)
+        assert queue.reset_parameters() is None
+    assert all(a is b for a, b in zip(queue.state_dict().values(), held, strict=True))
+    assert same(snapshot(queue), snapshot(new))
+    for each in (queue, new):
+        each.push(features)
+    assert same(snapshot(queue), snapshot(new))
+
+
 # Where it runs
 
 
@@ -481,6 +515,30 @@ def test_pushes_compile_once(device: torch.device, samples: int, dtype: torch.dt
         eager.push(batch)
         assert same(snapshot(queue), snapshot(eager))
     assert backend.graphs == 1
+
+
+def test_pushes_of_any_size_compile(device: torch.device) -> None:
+    torch._dynamo.reset()
+    queue, eager = (FeatureQueue(9, 3).to(device) for _ in range(2))
+    compiled = torch.compile(queue.push, fullgraph=True, dynamic=True, backend="eager")
+    for batch in batches_of(device, 2, 3, 5, 9, 12, 20, 1):
+        compiled(batch)
+        eager.push(batch)
+        assert same(snapshot(queue), snapshot(eager))
+
+
+def test_a_default_device_is_none_of_its_business() -> None:
+    queue, expected = FeatureQueue(4, 3), FeatureQueue(4, 3)
+    features, mark = torch.randn(2, 6, 3), torch.tensor([True, False] * 3)
+    expected.push(features, valid=mark)
+    with torch.device("meta"):
+        queue.push(features, valid=mark)
+        age = queue.age
+        half = FeatureQueue(4, 3)
+        half.reset_parameters()
+    assert same(snapshot(queue), snapshot(expected))
+    assert torch.equal(age, expected.age)
+    assert {value.device.type for value in half.state_dict().values()} == {"meta"}
 
 
 # Bad input

@@ -249,6 +249,41 @@ def test_a_code_that_counts_and_is_nan_is_no_small_error(
     assert marginal_error(codes, sample_weight=given_weight).isnan()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "weight"),
+    [
+        (torch.float32, [1e-16, 6e-12, 1e28, 3e27]),
+        (torch.float32, [1e-40, 3e-40, 2e-40, 1e-40]),
+        (torch.float32, [2.4e38, 3e38, 1e38, 2.4e38]),
+        (torch.float64, [1e300, 3e300, 1e299, 1e300]),
+        (torch.float64, [1e-300, 3e-300, 1e-299, 1e-300]),
+        (torch.float16, [65504.0, 65504.0, 1.0, 65504.0]),
+    ],
+)
+@pytest.mark.parametrize("name", ["sample_weight", "prototype_weight"])
+def test_only_ratios_of_weights_count_over_many_decades(
+    device: torch.device, name: str, dtype: torch.dtype, weight: list[float]
+) -> None:
+    codes = codes_of(4, 4).float().to(device)
+    given_weight = {name: torch.tensor(weight, dtype=dtype, device=device)}
+    expected = oracles.marginal_error(
+        codes.double().cpu().numpy(), **{name: given_weight[name].double().cpu().numpy()}
+    )
+    error = marginal_error(codes, **given_weight).item()
+    expected = expected if expected < 3e38 else math.inf  # the end of float32
+    assert error == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_default_device_does_not_matter() -> None:
+    codes, weight = codes_of(6, 4), torch.arange(6)
+    expected = marginal_error(codes, sample_weight=weight.float())
+    with torch.device("meta"):
+        error = marginal_error(codes, sample_weight=weight.float())
+        prior = power_law_prior(4)
+    assert torch.equal(error, expected)
+    assert torch.equal(prior, power_law_prior(4))
+
+
 @given(seeds, st.sampled_from([0.5, 1.0]), st.data())
 def test_converged_codes_have_no_error(seed: int, epsilon: float, data: st.DataObject) -> None:
     scores = torch.tensor(np.random.default_rng(seed).uniform(-1, 1, (8, 5)))

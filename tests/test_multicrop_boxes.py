@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swavkit import CropGroup, MultiCropTransform, _crops
+from swavkit import CropGroup, MultiCropTransform, _crops, _precision
 from tests.image_oracles import resized_box, seeded
+from tests.modes import RoundedProducts
 
 RARE = 1e-3  # with several laws to a test, one in a hundred would be one in ten
 PIXEL = 2e-6  # float32 arithmetic on pixels in [0, 1]
@@ -176,6 +177,47 @@ def test_8_bit_resizing_is_that_of_8_bit_pixels():
     torch.testing.assert_close(exact, rounded.float(), atol=1.5, rtol=0)
 
 
+LAYOUTS = {
+    "contiguous": lambda image: image,
+    "channels last": lambda image: image.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    "transposed": lambda image: image.mT.contiguous().mT,
+    "reversed": lambda image: image.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+    "strided": lambda image: image.repeat_interleave(2, 2)[:, :, ::2],
+    "one channel of four": lambda image: torch.cat([image, image[:1]])[: len(image)],
+    "pixels of four": lambda image: (
+        torch.cat([image, image[:1]]).permute(1, 2, 0).contiguous().permute(2, 0, 1)[: len(image)]
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_8_bit_resizing_is_right_in_any_order_of_memory(channels, layout):
+    lengths = (1, 2, 7)
+    for height, width, size in itertools.product(lengths, lengths, (1, 2, 5)):
+        image = torch.randint(
+            0, 256, (channels, height, width), dtype=torch.uint8, generator=seeded()
+        )
+        arranged = LAYOUTS[layout](image)
+        assert torch.equal(arranged, image)
+        for box_height, box_width in itertools.product({1, height}, {1, width}):
+            box = [height - box_height, width - box_width, box_height, box_width, 0]
+            expected = resized_box(image.numpy().astype(float), box, size)
+            crop = _crops.cut(arranged, box, size)
+            assert crop.dtype == torch.uint8
+            np.testing.assert_allclose(crop, expected, atol=1.5)
+
+
+def test_8_bit_crops_of_one_pixel_of_a_whole_image():
+    whole = (CropGroup(1, 1, (1.0, 1.0), (1.0, 1.0), flip=0.0, photometric=None),)
+    image = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=seeded())
+    exact, rounded = (
+        MultiCropTransform(whole, mean=0.0, std=1.0, eight_bit=eight_bit)(image)[0]
+        for eight_bit in (False, True)
+    )
+    torch.testing.assert_close(rounded, exact, atol=1.5 / 255, rtol=0)
+
+
 def test_8_bit_resizing_is_a_setting_for_uint8_images():
     groups = (CropGroup(20, 1, (0.5, 1.0), photometric=None),)
     image = torch.randint(0, 256, (3, 50, 60), dtype=torch.uint8, generator=seeded())
@@ -196,6 +238,75 @@ def test_autocast_does_not_coarsen_the_pixels():
     expected = at_once(batch, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(at_once(batch, 8), expected)
+
+
+def filtering_as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_precision, "_may_be_rounded", lambda factor: factor.dtype == torch.float32)
+
+
+@pytest.mark.parametrize("size", [8, 40])
+def test_tf32_does_not_coarsen_the_pixels_nor_their_gradient(size, monkeypatch):
+    filtering_as_on_an_accelerator(monkeypatch)
+    batch = torch.rand(5, 3, 23, 31, generator=seeded(), dtype=torch.float64)
+    weights = torch.rand(5, 3, size, size, generator=seeded(1), dtype=torch.float64)
+    exact, rounded = batch.clone().requires_grad_(), batch.float().requires_grad_()
+    expected = at_once(exact, size)
+    (expected * weights).sum().backward()
+    with RoundedProducts() as products:
+        crops = at_once(rounded, size)
+        (crops * weights.float()).sum().backward()
+    assert products.count
+    torch.testing.assert_close(crops.double(), expected, atol=PIXEL, rtol=0)
+    torch.testing.assert_close(rounded.grad.double(), exact.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tf32_of_a_device_does_not_coarsen_the_pixels(compiled):
+    batch = torch.rand(5, 3, 230, 310, generator=seeded(), dtype=torch.float64)
+    expected = at_once(batch, 96)
+    cut = torch.compile(at_once) if compiled else at_once
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        crops = cut(batch.float().cuda(), 96).cpu()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    torch.testing.assert_close(crops.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_the_gradient_of_the_pixels_is_the_same_inside_autocast():
+    batch = torch.rand(5, 3, 23, 31, generator=seeded())
+    gradients = []
+    for enabled in (False, True):
+        pixels = batch.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            at_once(pixels, 8).square().sum().backward()
+        gradients.append(pixels.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("as_on_an_accelerator", [False, True])
+def test_cutting_compiles_with_its_gradient(as_on_an_accelerator, monkeypatch):
+    if as_on_an_accelerator:
+        filtering_as_on_an_accelerator(monkeypatch)
+    torch._dynamo.reset()
+    compiled = torch.compile(at_once, backend="aot_eager", fullgraph=True)
+    batch = torch.rand(5, 3, 23, 31, generator=seeded())
+    for cut in (at_once, compiled):
+        pixels = batch.clone().requires_grad_()
+        crops = cut(pixels, 8)
+        (gradient,) = torch.autograd.grad(crops.square().sum(), pixels)
+        if cut is at_once:
+            expected = crops, gradient
+    torch.testing.assert_close((crops, gradient), expected)
+
+
+def test_a_crop_has_second_derivatives():
+    pixels = torch.rand(5, 1, 4, 3, generator=seeded(), dtype=torch.float64).requires_grad_()
+    boxes = torch.tensor([[0, 0, 4, 3, 0], [1, 0, 2, 2, 1]] * 2 + [[3, 2, 1, 1, 0]])
+    torch.autograd.gradgradcheck(lambda images: _crops.cut_batch(images, boxes, 2) ** 2, pixels)
 
 
 def test_the_matrices_hold_what_interpolate_does():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -34,8 +35,9 @@ class Recorder(torch.nn.Module):
 @pytest.mark.parametrize("sizes", [(8,), (8, 8, 6, 6, 6), (6, 8, 6, 7, 8)])
 @pytest.mark.parametrize("batch", [0, 1, 4])
 def test_one_pass_per_resolution_equals_one_pass_per_crop(sizes, batch, device):
-    network = Recorder().to(device)
-    crops = [torch.rand(batch, 3, size, size, device=device) for size in sizes]
+    # In float64, for a device may convolve float32 in TF32, which depends on the batch.
+    network = Recorder().double().to(device)
+    crops = [torch.rand(batch, 3, size, size, dtype=torch.float64).to(device) for size in sizes]
     features = multi_crop_forward(network, crops)
     assert sorted(network.shapes) == sorted(
         (sizes.count(size) * batch, 3, size, size) for size in set(sizes)
@@ -94,6 +96,30 @@ def test_a_key_says_where_the_features_are(wrap, key):
     assert torch.equal(features, expected)
 
 
+# Under autocast
+
+
+@pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("crops_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("features_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_any_dtypes_meet_under_autocast(autocast, crops_dtype, features_dtype):
+    network = Recorder()
+    crops = [torch.rand(2, 3, size, size).to(crops_dtype) for size in (6, 8, 6)]
+    expected = [network(crop.float()) for crop in crops]
+
+    def in_low_precision(batch: torch.Tensor) -> torch.Tensor:
+        assert batch.dtype == crops_dtype
+        features = network(batch)
+        assert features.dtype == autocast
+        return features.to(features_dtype)
+
+    with torch.autocast("cpu", dtype=autocast):
+        features = multi_crop_forward(in_low_precision, crops)
+    assert features.dtype == features_dtype
+    for one, other in zip(features, expected, strict=True):
+        torch.testing.assert_close(one.float(), other, atol=3e-2, rtol=3e-2)
+
+
 # Under compile, in channels-last memory, under DDP
 
 
@@ -140,24 +166,42 @@ class Encoder(torch.nn.Module):
         return self.layers(crops)
 
 
-def train_on_a_rank(rank: int, settings: tuple[bool, np.ndarray]) -> tuple[Any, ...]:
-    normalised, images = settings
-    network = DistributedDataParallel(Encoder(normalised))
+class Model(torch.nn.Module):
+    """The form that the documentation recommends: the pass of the crops inside what is wrapped."""
+
+    def __init__(self, normalised: bool) -> None:
+        super().__init__()
+        self.encoder = Encoder(normalised)
+
+    def forward(self, crops: list[torch.Tensor]) -> torch.Tensor:
+        return multi_crop_forward(self.encoder, crops)
+
+
+def train_on_a_rank(rank: int, settings: tuple[bool, bool, np.ndarray]) -> tuple[Any, ...]:
+    normalised, inside, images = settings
+    if inside:
+        model = DistributedDataParallel(Model(normalised))
+    else:
+        network = DistributedDataParallel(Encoder(normalised), broadcast_buffers=False)
+        model = functools.partial(multi_crop_forward, network)
+    parameters = list((model if inside else network).parameters())
     batch = torch.tensor(images)
     crops = [batch[..., :6, :6], batch, batch[..., 2:, 2:], batch.flip(-1)]
     for _ in range(2):
-        network.zero_grad()
-        features = multi_crop_forward(network, crops)
+        for parameter in parameters:
+            parameter.grad = None
+        features = model(crops)
         features.square().mean().backward()
-    gradients = [parameter.grad.numpy() for parameter in network.parameters()]
+    gradients = [parameter.grad.numpy() for parameter in parameters]
     return features.detach().numpy(), gradients
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("normalised", [False, True], ids=["plain", "batch norm"])
-def test_under_ddp(ranks, normalised):
+@pytest.mark.parametrize("inside", [False, True], ids=["around a wrapper", "inside a wrapper"])
+def test_under_ddp(ranks, normalised, inside):
     images = np.random.default_rng(0).normal(size=(ranks.size, 2, 3, 8, 8))
-    outcomes = ranks.run(train_on_a_rank, [(normalised, part) for part in images])
+    outcomes = ranks.run(train_on_a_rank, [(normalised, inside, part) for part in images])
     for _, gradients in outcomes[1:]:
         for one, other in zip(gradients, outcomes[0][1], strict=True):
             np.testing.assert_allclose(one, other, atol=1e-12)
@@ -198,7 +242,21 @@ def ranks() -> Iterator[Ranks]:
             TypeError,
             r"crops\[0\] must have a floating-point dtype",
         ),
-        ([torch.rand(3, 8, 8)], ValueError, r"crops\[0\] must have shape \(B, C, H, W\)"),
+        (
+            [torch.rand(3, 8, 8)],
+            ValueError,
+            r"crops\[0\] must have shape \(B, C, H, W\), got \(3, 8, 8\)$",
+        ),
+        (
+            [torch.rand(1, 2, 3, 8, 8)],
+            ValueError,
+            r"crops\[0\] must have shape \(B, C, H, W\), got \(1, 2, 3, 8, 8\)$",
+        ),
+        (
+            [torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8)],
+            ValueError,
+            r"crops\[1\] must have shape \(B, C, H, W\), got \(2, 3, 8\)$",
+        ),
         (
             [torch.rand(2, 3, 8, 8), torch.rand(4, 3, 6, 6)],
             ValueError,

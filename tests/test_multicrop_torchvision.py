@@ -50,7 +50,7 @@ def changed(crop: torch.Tensor, **columns: float) -> list[torch.Tensor]:
 
 
 @each_dtype
-@pytest.mark.parametrize("factor", [0.0, 0.36, 1.0, 1.64])
+@pytest.mark.parametrize("factor", [0.0, 0.2, 1.0, 1.8])
 @pytest.mark.parametrize(
     ("kind", "theirs"),
     [
@@ -66,7 +66,7 @@ def test_blends(kind, theirs, factor, dtype):
 
 
 @each_dtype
-@pytest.mark.parametrize("shift", [-0.5, -0.16, 0.05, 0.16, 0.5])
+@pytest.mark.parametrize("shift", [-0.5, -0.2, 0.05, 0.2, 0.5])
 def test_hue(shift, dtype):
     for crop in random_crops(3, size=40, dtype=dtype):
         for ours in changed(crop, _9=shift):
@@ -156,12 +156,12 @@ def test_boxes_have_the_distribution_of_random_resized_crop():
 
 
 def test_factors_have_the_distribution_of_colour_jitter():
-    jitter = v2.ColorJitter(0.64, 0.64, 0.64, 0.16)
+    stats = pytest.importorskip("scipy.stats", reason="SciPy is not installed")
+    jitter = v2.ColorJitter(0.8, 0.8, 0.8, 0.2)
     torch.manual_seed(0)
     drawn = [jitter.make_params([]) for _ in range(3000)]
     uniform = torch.rand(3000, photometric.NUMBERS, generator=seeded(), dtype=torch.float64)
     rows = photometric.draw(PhotometricDistortion(jitter_probability=1), uniform, 3).numpy()
-    stats = pytest.importorskip("scipy.stats", reason="SciPy is not installed")
     names = "brightness_factor", "contrast_factor", "saturation_factor"
     for kind, name in enumerate(names):
         ours = rows[:, 3:6][rows[:, :3] == kind]

@@ -9,15 +9,23 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from swavkit import CropGroup, MultiCropTransform, PhotometricDistortion, _colour, photometric
+from swavkit import (
+    CropGroup,
+    MultiCropTransform,
+    PhotometricDistortion,
+    _colour,
+    _precision,
+    photometric,
+)
 from tests import image_oracles
-from tests.image_oracles import random_crops, seeded
+from tests.image_oracles import other_defaults, random_crops, seeded
+from tests.modes import CountingBackend, RoundedProducts
 
 RARE = 1e-3  # with a dozen laws to a test, one in a hundred would be one in ten
 PIXEL = 2e-6  # float32 arithmetic on pixels in [0, 1]
 NOTHING = (0, 1, 2, 1, 1, 1, 0, 0, 0, 0, 1, 0)  # a row of parameters that changes nothing
-JITTER, HUE = [-0.5, -0.16, 0.0, 0.1, 0.5], 3
-FACTORS = [0.0, 0.36, 1.0, 1.3, 1.64]
+JITTER, HUE = [-0.5, -0.2, 0.0, 0.1, 0.5], 3
+FACTORS = [0.0, 0.2, 1.0, 1.3, 1.8]
 ORACLES = (
     image_oracles.brightness,
     image_oracles.contrast,
@@ -162,8 +170,9 @@ def test_draws_follow_their_distributions():
 
 def test_the_published_recipe_is_the_default():
     settings = PhotometricDistortion()
-    assert (settings.brightness, settings.contrast, settings.saturation) == (0.64, 0.64, 0.64)
-    assert settings.hue == 0.16
+    # As the authors' program has them, in the order of ColorJitter.
+    strengths = settings.brightness, settings.contrast, settings.saturation, settings.hue
+    assert strengths == (0.8, 0.8, 0.8, 0.2)
     assert (settings.jitter_probability, settings.greyscale_probability) == (0.8, 0.2)
     assert (settings.blur_probability, settings.blur_sigma) == (0.5, (0.1, 2.0))
 
@@ -207,6 +216,40 @@ def test_autocast_does_not_coarsen_the_pixels(requires_grad):
     expected = PhotometricDistortion()(crops, generator=seeded(1))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(PhotometricDistortion()(crops, generator=seeded(1)), expected)
+
+
+@pytest.mark.parametrize("size", [8, 30])
+def test_tf32_does_not_coarsen_the_blur(size, monkeypatch):
+    monkeypatch.setattr(_precision, "_may_be_rounded", lambda factor: factor.dtype == torch.float32)
+    crops = random_crops(3, size=size)
+    rows = parameters(3, _11=[0.1, 0.7, 2.0])
+    with RoundedProducts() as products:
+        results = at_once(crops.float(), rows)
+    assert products.count
+    torch.testing.assert_close(results.double(), at_once(crops, rows), atol=PIXEL, rtol=0)
+
+
+def test_it_compiles_for_any_batch_size():
+    settings = PhotometricDistortion()
+    compiled = torch.compile(
+        lambda crops: settings(crops), backend=CountingBackend(), fullgraph=True
+    )
+    for number in (3, 5, 7):
+        crops = random_crops(number, dtype=torch.float32)
+        torch.manual_seed(number)
+        results = compiled(crops)
+        torch.manual_seed(number)
+        torch.testing.assert_close(results, settings(crops), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_the_default_device_and_dtype_of_the_session_do_not_matter(requires_grad):
+    crops = random_crops(6, dtype=torch.float32).requires_grad_(requires_grad)
+    expected = PhotometricDistortion()(crops, generator=seeded())
+    with other_defaults():
+        results = PhotometricDistortion()(crops, generator=seeded())
+        assert PhotometricDistortion()(crops).device == crops.device
+    assert torch.equal(results, expected)
 
 
 # Images without colours

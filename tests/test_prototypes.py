@@ -14,12 +14,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+from torch.nn.utils.parametrize import remove_parametrizations
 
-from swavkit import PrototypeLayer
+from swavkit import PrototypeLayer, SwAVLoss
 from tests import oracles, tolerances
 from tests.modes import CountingBackend, RefuseSynchronisation
 from tests.optimizers import Lars, adam, adam_with_coupled_decay, adamw, sgd
+from tests.states import same, snapshot
 from tests.strategies import reals
 
 ANY_DTYPE = pytest.mark.parametrize("dtype", tolerances.DTYPES, ids=str)
@@ -468,6 +471,85 @@ def test_too_few_features_to_start_from_are_named(samples: int) -> None:
     with pytest.raises(ValueError, match=f"features must hold at least 5 samples.*got {samples}"):
         layer.initialize_(torch.randn(samples, 4))
     assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_the_start_from_features_compiles_for_any_number(dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    layer, eager = (PrototypeLayer(4, 5) for _ in range(2))
+    compiled = torch.compile(layer.initialize_, fullgraph=True, dynamic=dynamic, backend="eager")
+    for samples in (7, 9, 30, 5):
+        features = torch.randn(samples, 4)
+        for seeded in (compiled, eager.initialize_):
+            torch.manual_seed(3)
+            seeded(features)
+        torch.testing.assert_close(layer.weight, eager.weight, rtol=0, atol=1e-6)
+
+
+def test_a_default_device_does_not_reach_what_is_drawn() -> None:
+    layer, expected = (PrototypeLayer(4, 5) for _ in range(2))
+    features = torch.randn(9, 4)
+    expected.initialize_(features, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    with torch.device("meta"):
+        layer.initialize_(features, generator=generator)
+        layer.normalize_()
+        index = layer.assign(features)
+    torch.testing.assert_close(layer.weight, expected.weight)
+    assert torch.equal(index, expected.assign(features))
+
+
+COMPUTED = {
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "old weight_norm": nn.utils.weight_norm,
+    "old spectral_norm": nn.utils.spectral_norm,
+    "pruned": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("register", COMPUTED.values(), ids=COMPUTED)
+@pytest.mark.parametrize("inside", ["a layer", "a list of heads"])
+def test_a_weight_that_is_computed_is_not_written_to_in_silence(
+    register: Callable[[nn.Module], Any], inside: str
+) -> None:
+    criterion = SwAVLoss(4, 5 if inside == "a layer" else [6, 5], queue_length=4).eval()
+    layer = criterion.prototypes if inside == "a layer" else criterion.prototypes[1]
+    layer.initialize_(torch.randn(9, 4))
+    register(layer)
+    before, features = snapshot(criterion), torch.randn(9, 4)
+    for write in (
+        lambda: layer.initialize_(features),
+        layer.normalize_,
+        layer.reset_parameters,
+        criterion.reset_parameters,
+    ):
+        with pytest.raises(RuntimeError, match=r"weight must be a parameter .*, got one that is"):
+            write()
+    assert same(snapshot(criterion), before)
+    assert layer(features).shape == (9, 5)
+
+
+def test_a_weight_under_weight_norm_starts_from_features_before_or_after() -> None:
+    layer = PrototypeLayer(4, 5)
+    centres = torch.randn(5, 4)
+    layer.initialize_(centres)
+    parametrizations.weight_norm(layer)
+    assert layer.assign(centres).tolist() == [0, 1, 2, 3, 4]
+    remove_parametrizations(layer, "weight")
+    layer.initialize_(-centres)
+    assert layer.assign(-centres).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_prototypes_that_are_a_buffer_can_be_written_to() -> None:
+    layer = PrototypeLayer(4, 5)
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.register_buffer("weight", 3 * weight)
+    layer.normalize_()
+    torch.testing.assert_close(layer.weight, weight)
 
 
 def test_assignment_is_the_nearest_prototype(device: torch.device) -> None:

@@ -51,11 +51,12 @@ CALLS = {
     "SwappedPredictionLoss.forward": "(self, scores, codes, sample_weight=None)",
     "FeatureQueue": "(length, feature_dim, num_views=2, *, dtype=None)",
     "FeatureQueue.push": "(self, features, *, valid=None)",
+    "FeatureQueue.reset_parameters": "(self)",
     "FeatureQueue.__len__": "(self)",
     "FeatureQueue.__bool__": "(self)",
     "CropGroup": "(size, count, scale, ratio=(0.75, 1.3333333333333333), flip=0.5, "
     f"photometric={PhotometricDistortion()})",
-    "PhotometricDistortion": "(brightness=0.64, contrast=0.64, saturation=0.64, hue=0.16, "
+    "PhotometricDistortion": "(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, "
     "jitter_probability=0.8, greyscale_probability=0.2, blur_probability=0.5, "
     "blur_sigma=(0.1, 2.0), other_channels='error')",
     "PhotometricDistortion.__call__": "(self, crops, *, generator=None)",
@@ -67,6 +68,7 @@ CALLS = {
     "memory='auto', reduction='mean', process_group=None, synchronize=True, "
     "prototype_gradient='tangent', queue_dtype=None, shard_prototypes=False)",
     "SwAVLoss.check_ranks": "(self)",
+    "SwAVLoss.reset_parameters": "(self)",
     "SwAVLoss.forward": "(self, features, *, sample_weight=None, return_details=False)",
     "SwAVDetails": "(codes, scores)",
     "sharded_state_dict": "(module, *, checkpoint=None, process_group=None)",
@@ -75,9 +77,9 @@ CALLS = {
 # What a class offers beyond the members of nn.Module and the fields of a dataclass.
 MEMBERS = {
     "SinkhornKnopp": {"process_group"},
-    "SwAVLoss": {"check_ranks"},
+    "SwAVLoss": {"check_ranks", "reset_parameters"},
     "PrototypeLayer": {"directions", "normalize_", "assign", "reset_parameters", "initialize_"},
-    "FeatureQueue": {"push", "age"},
+    "FeatureQueue": {"push", "age", "reset_parameters"},
 }
 CLASSES = [name for name in swavkit.__all__ if isinstance(getattr(swavkit, name), type)]
 

@@ -19,9 +19,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from swavkit import SinkhornKnopp, _plan, sinkhorn_knopp
+from swavkit import SinkhornKnopp, _arithmetic, _plan, sinkhorn_knopp
 from tests import oracles, tolerances
-from tests.modes import CountingBackend, LargestTensor, RefuseSynchronisation
+from tests.modes import (
+    CountingBackend,
+    LargestTensor,
+    RefuseSoftmaxOverRows,
+    RefuseSynchronisation,
+)
 from tests.strategies import (
     CodesProblem,
     KnownCodes,
@@ -574,8 +579,9 @@ def small_blocks() -> Iterator[None]:
     with (
         patch.object(_plan, "_ENTRIES_OF_A_BLOCK", 20),
         patch.object(_plan, "_SAMPLES_OF_A_BLOCK", 4),
-        patch.object(_plan, "_PARTS_OF_A_PRODUCT", 2),
-        patch.object(_plan, "_ENTRIES_OF_A_PART", 4),
+        patch.object(_plan, "PARTS_OF_A_PRODUCT", 2),
+        patch.object(_arithmetic, "PARTS_OF_A_PRODUCT", 2),
+        patch.object(_arithmetic, "_ENTRIES_OF_A_PART", 4),
         patch.object(_plan, "_ENTRIES_AT_ONCE", 0),
     ):
         yield
@@ -709,6 +715,39 @@ def test_no_value_is_read_on_the_host(
         )
         with pytest.raises(RuntimeError, match="waits for the device"):
             scores.sum().item()  # else the mode would prove nothing
+
+
+@pytest.mark.parametrize("weights", ["none", "bool", "floating"])
+@pytest.mark.parametrize("relaxation", [math.inf, 0.1])
+@pytest.mark.parametrize("leading", [(), (2,)], ids=["one problem", "two problems"])
+@BOTH_FORMS
+def test_no_softmax_is_over_the_samples(
+    iterations: int, leading: tuple[int, ...], relaxation: float, weights: str
+) -> None:
+    scores = torch.empty(*leading, 6, 4, device="meta")
+    dtype = torch.bool if weights == "bool" else torch.float32
+    weight = None if weights == "none" else torch.empty(6, dtype=dtype, device="meta")
+    with RefuseSoftmaxOverRows():
+        sinkhorn_knopp(scores, iterations=iterations, relaxation=relaxation, sample_weight=weight)
+        with pytest.raises(RuntimeError, match="over dimension -2"):
+            scores.log_softmax(-2)  # else the mode would prove nothing
+
+
+@pytest.mark.parametrize("samples", [6, 20_000], ids=["small", "large"])
+@pytest.mark.parametrize("options", [{}, {"relaxation": 0.1}, {"validate": True}], ids=str)
+@BOTH_FORMS
+def test_the_default_device_does_not_matter(
+    iterations: int, options: dict[str, Any], samples: int
+) -> None:
+    settings = {"iterations": iterations, **options}
+    scores = cosines(samples, 64)
+    weights = {"sample_weight": torch.ones(samples), "prototype_weight": torch.ones(64).bool()}
+    expected = sinkhorn_knopp(scores, **settings)
+    with torch.device("meta"):
+        codes = sinkhorn_knopp(scores, **settings)
+        weighted = SinkhornKnopp(**settings)(scores, **weights)
+    for each in (codes, weighted):
+        torch.testing.assert_close(each, expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("fake", [False, True], ids=["meta", "fake meta"])

@@ -798,3 +798,247 @@ def test_converged_codes_are_the_plan_of_python_optimal_transport(
         prototype_weight=torch.tensor(prototype_weight),
     )
     np.testing.assert_allclose(codes.numpy(), plan / sample_mass[:, None], rtol=0, atol=1e-9)
+
+
+# Finite scores of any size
+
+
+ROUTES = pytest.mark.parametrize("at_once", [0, 2**20], ids=["in blocks", "at once"])
+NUMBERS = pytest.mark.parametrize("iterations", [1, 3, 7])
+WEIGHTED = pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+
+
+@contextlib.contextmanager
+def blocks_of_five_samples(at_once: int) -> Iterator[None]:
+    with (
+        patch.object(_plan, "_ENTRIES_AT_ONCE", at_once),
+        patch.object(_plan, "_SAMPLES_OF_A_BLOCK", 5),
+        patch.object(_plan, "PARTS_OF_A_PRODUCT", 1),
+    ):
+        yield
+
+
+def some_weights(samples: int, weighted: bool) -> dict[str, Any]:
+    return {"sample_weight": torch.arange(samples).remainder(4) / 2} if weighted else {}
+
+
+@WEIGHTED
+@NUMBERS
+@pytest.mark.parametrize("options", [{}, {"relaxation": 0.5}, {"hard": True}, {"validate": True}])
+@ROUTES
+@DTYPES
+def test_a_finite_mask_forbids_prototypes(
+    dtype: torch.dtype, at_once: int, options: dict[str, Any], iterations: int, weighted: bool
+) -> None:
+    scores = grid(12, 6, step=2.0**-5)
+    forbidden = np.random.default_rng(1).random(scores.shape) < 0.4
+    forbidden[:, 0] = False
+    held = torch.tensor(scores, dtype=dtype)
+    held[torch.tensor(forbidden)] = torch.finfo(dtype).min
+    weights = some_weights(12, weighted)
+    with blocks_of_five_samples(at_once):
+        codes = sinkhorn_knopp(held, iterations=iterations, **options, **weights)
+    problem = np.where(forbidden, -1e9, scores), 0.05, iterations
+    weight = None if not weighted else in_float64(weights["sample_weight"])
+    if "relaxation" in options:
+        expected = oracles.relaxed_sinkhorn(*problem, options["relaxation"], weight)
+    else:
+        expected = oracles.sinkhorn(*problem, weight)
+    assert (codes[torch.tensor(forbidden)] == 0).all()
+    if "hard" in options:
+        np.testing.assert_array_equal(in_float64(codes).argmax(1), expected.argmax(1))
+    else:
+        np.testing.assert_allclose(in_float64(codes), expected, rtol=0, atol=tolerances.ATOL[dtype])
+
+
+@WEIGHTED
+@NUMBERS
+@pytest.mark.parametrize("relaxation", [math.inf, 0.5])
+@pytest.mark.parametrize("share", [1.0, 0.05])
+@ROUTES
+@DTYPES
+def test_scores_up_to_the_largest_number_have_the_codes_of_smaller_ones(
+    dtype: torch.dtype,
+    at_once: int,
+    share: float,
+    relaxation: float,
+    iterations: int,
+    weighted: bool,
+) -> None:
+    """A prototype that wins by far does so at any scale."""
+    largest = torch.finfo(dtype).max * share
+    scores = (torch.tensor(uniform(12, 5, scale=1.0)) * largest).to(dtype)
+    weights = some_weights(12, weighted)
+    settings = {"iterations": iterations, "relaxation": relaxation}
+    with blocks_of_five_samples(at_once):
+        codes = sinkhorn_knopp(scores, **settings, **weights)
+    weight = None if not weighted else in_float64(weights["sample_weight"])
+    problem = in_float64(scores) * (2e3 / largest), 0.05, iterations
+    if math.isinf(relaxation):
+        expected = oracles.sinkhorn(*problem, weight)
+    else:
+        expected = oracles.relaxed_sinkhorn(*problem, relaxation, weight)
+    decided = expected.max(axis=-1) > 1 - 1e-12
+    assert decided.mean() > 0.6
+    atol = tolerances.ATOL[dtype]
+    np.testing.assert_allclose(in_float64(codes)[decided], expected[decided], rtol=0, atol=atol)
+
+
+@NUMBERS
+@ROUTES
+@DTYPES
+def test_a_row_may_hold_the_largest_number_and_its_opposite(
+    dtype: torch.dtype, at_once: int, iterations: int
+) -> None:
+    signs = np.where(np.random.default_rng(2).random((12, 5)) < 0.5, 1.0, -1.0)
+    signs[np.arange(12), np.arange(12) % 5] = 1
+    scores = torch.tensor(signs * torch.finfo(dtype).max).to(dtype)
+    with blocks_of_five_samples(at_once):
+        codes = sinkhorn_knopp(scores, iterations=iterations)
+    expected = oracles.sinkhorn(signs * 1e2, 0.05, iterations)
+    np.testing.assert_allclose(in_float64(codes), expected, rtol=0, atol=tolerances.ATOL[dtype])
+
+
+@NUMBERS
+@ROUTES
+@DTYPES
+def test_a_prototype_that_is_forbidden_for_all_is_as_near_to_all(
+    dtype: torch.dtype, at_once: int, iterations: int
+) -> None:
+    """Only differences within a column count. A row of the lowest numbers gives a finite code."""
+    scores = grid(12, 6, step=2.0**-5)
+    held = torch.tensor(scores, dtype=dtype)
+    held[:, 2] = torch.finfo(dtype).min
+    lowest = held.clone()
+    lowest[4] = torch.finfo(dtype).min
+    scores[:, 2] = 0
+    with blocks_of_five_samples(at_once):
+        codes = sinkhorn_knopp(held, iterations=iterations)
+        assert_plan(sinkhorn_knopp(lowest, iterations=iterations))
+    expected = oracles.sinkhorn(scores, 0.05, iterations)
+    np.testing.assert_allclose(in_float64(codes), expected, rtol=0, atol=tolerances.ATOL[dtype])
+
+
+@NUMBERS
+@ROUTES
+@DTYPES
+def test_a_score_that_is_not_finite_is_left_out_of_every_block(
+    dtype: torch.dtype, at_once: int, iterations: int
+) -> None:
+    scores = grid(12, 6, step=2.0**-5)
+    held = torch.tensor(scores, dtype=dtype)
+    held[3, 1], held[7, 2], held[11] = math.nan, -math.inf, math.inf
+    with blocks_of_five_samples(at_once):
+        codes = in_float64(sinkhorn_knopp(held, iterations=iterations))
+    others = np.delete(np.arange(12), [3, 7, 11])
+    expected = oracles.sinkhorn(scores[others], 0.05, iterations)
+    np.testing.assert_allclose(codes[others], expected, rtol=0, atol=tolerances.ATOL[dtype])
+    assert np.isnan(codes[[3, 7, 11]]).all()
+
+
+@pytest.mark.parametrize("epsilon", [1e-300, 1e-40, 1e38, 1e300])
+@ROUTES
+def test_any_positive_epsilon_gives_codes(at_once: int, epsilon: float) -> None:
+    scores = torch.tensor([[0.5, 0.25], [-0.25, 0.5]])
+    with blocks_of_five_samples(at_once):
+        codes = sinkhorn_knopp(scores, epsilon=epsilon)
+    expected = torch.eye(2) if epsilon < 1 else torch.full((2, 2), 0.5)
+    torch.testing.assert_close(codes, expected, rtol=0, atol=1e-6)
+
+
+def test_only_differences_of_scores_are_rounded(device: torch.device) -> None:
+    """S/ε is rounded to a multiple of 2 here."""
+    scores = grid(12, 6, step=2.0**-5)
+    far = torch.tensor(scores + 2.0**18, dtype=torch.float32, device=device)
+    expected = oracles.sinkhorn(scores, 0.01, 3)
+    np.testing.assert_allclose(in_float64(sinkhorn_knopp(far, epsilon=0.01)), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@WEIGHTED
+@ROUTES
+def test_hard_codes_are_rounded_before_they_are_in_half_precision(
+    at_once: int, weighted: bool, dtype: torch.dtype
+) -> None:
+    scores = torch.tensor(grid(64, 3, step=2.0**-10)).to(dtype)
+    options = {"epsilon": 1.0, "hard": True, **some_weights(64, weighted)}
+    with blocks_of_five_samples(at_once):
+        codes = sinkhorn_knopp(scores, **options)
+        expected = sinkhorn_knopp(scores.float(), **options)
+    assert torch.equal(codes.float(), expected)
+
+
+# Weights of any size
+
+
+DECADES = {
+    "44 decades": (torch.float32, [1e-16, 6e-12, 1e28, 1.0]),
+    "tiny": (torch.float32, [1e-40, 3e-40, 2e-40, 1e-40]),
+    "subnormal and normal": (torch.float32, [1e-44, 1e-40, 1e-38, 1.0]),
+    "huge": (torch.float32, [2.4e38, 3e38, 1e38, 2.4e38]),
+    "wider than the scores": (torch.float64, [1e300, 3e300, 1e299, 1e300]),
+    "narrower than the scores": (torch.float64, [1e-300, 3e-300, 1e-299, 1e-300]),
+    "half precision": (torch.float16, [6e-8, 65504.0, 1.0, 1e-4]),
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("relaxation", [math.inf, 0.5])
+@NUMBERS
+@ROUTES
+@pytest.mark.parametrize(("dtype", "weight"), DECADES.values(), ids=list(DECADES))
+@pytest.mark.parametrize("weighted", ["samples", "prototypes"])
+def test_only_ratios_of_weights_count_over_many_decades(
+    weighted: str,
+    dtype: torch.dtype,
+    weight: list[float],
+    at_once: int,
+    iterations: int,
+    relaxation: float,
+    scale: float,
+) -> None:
+    samples = 4 if weighted == "samples" else 12
+    scores = np.random.default_rng(3).choice([-scale, scale / 2, scale], (samples, 4))
+    given_weight = torch.tensor(weight, dtype=dtype)
+    held = torch.tensor(scores, dtype=torch.float32)
+    settings = {"iterations": iterations, "relaxation": relaxation}
+    name = "sample_weight" if weighted == "samples" else "prototype_weight"
+    with blocks_of_five_samples(at_once):
+        codes = sinkhorn_knopp(held, **{name: given_weight}, **settings)
+    problem = (scores, 0.05, iterations)
+    if math.isinf(relaxation):
+        expected = oracles.sinkhorn(*problem, **{name: in_float64(given_weight)})
+    else:
+        expected = oracles.relaxed_sinkhorn(
+            *problem, relaxation, **{name: in_float64(given_weight)}
+        )
+    atol = tolerances.of_codes(torch.float32, epsilon=0.05, largest=scale)
+    np.testing.assert_allclose(in_float64(codes), expected, rtol=0, atol=atol)
+
+
+@given(
+    arrays(np.float64, (5, 4), elements=st.floats(-2, 2, width=32)),
+    arrays(np.float64, 5, elements=st.floats(-22, 22)),
+    st.sampled_from([1, 2, 3, 7]),
+)
+def test_any_weights_over_many_decades_have_the_codes_of_the_equations(
+    scores: np.ndarray, exponents: np.ndarray, iterations: int
+) -> None:
+    weight = torch.tensor(10.0**exponents, dtype=torch.float32)
+    held = torch.tensor(scores, dtype=torch.float32)
+    codes = sinkhorn_knopp(held, sample_weight=weight, iterations=iterations)
+    expected = oracles.sinkhorn(scores, 0.05, iterations, in_float64(weight))
+    np.testing.assert_allclose(in_float64(codes), expected, rtol=0, atol=1e-4)
+
+
+# Long rows
+
+
+@pytest.mark.parametrize("shape", [(2, 10**6), (8, 10**6 + 3), (3, 10**5)], ids=str)
+def test_long_rows_are_as_accurate_as_short_ones(
+    device: torch.device, shape: tuple[int, int]
+) -> None:
+    scores = grid(*shape, step=2.0**-7, most=128)
+    codes = sinkhorn_knopp(torch.tensor(scores, dtype=torch.float32, device=device))
+    expected = twin(scores, 0.05, 3)
+    assert np.abs(in_float64(codes) / expected - 1).max() < 1e-5

@@ -411,7 +411,7 @@ def test_bool_weights_are_weights_of_one_and_zero_in_relaxed_codes(
     used = data.draw(arrays(np.bool_, problem.scores.shape[1]).filter(np.any))
     codes = solve(problem, present, used, relaxation=relaxation)
     expected = solve(problem, present.astype(float), used.astype(float), relaxation=relaxation)
-    np.testing.assert_array_equal(codes, expected)
+    np.testing.assert_allclose(codes, expected, rtol=0, atol=1e-12)
 
 
 @given(codes_problems(), relaxations, st.data())

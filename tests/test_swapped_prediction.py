@@ -288,8 +288,6 @@ def test_a_second_derivative_is_refused() -> None:
     codes = torch.tensor(problem.codes)
     with pytest.raises(RuntimeError, match=r"has no second derivative: .*create_graph=True"):
         swapped_prediction_loss(scores, codes).backward(create_graph=True)
-    with pytest.raises(RuntimeError, match="has no second derivative"):
-        torch.func.grad(swapped_prediction_loss)(scores.detach(), codes)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -322,9 +320,9 @@ def test_the_error_of_some_samples_of_one_view_and_what_is_left_of_them(
     target *= mass / target.sum(dim=-1, keepdim=True)
     residual = scores.clone()
     found = swapped_prediction.prediction_error(
-        residual, target, target.sum(dim=-1), 0.1, residual=residual
+        residual, target, target.sum(dim=-1), 1 / 0.1, residual=residual
     )
-    alone = swapped_prediction.prediction_error(scores, target, target.sum(dim=-1), 0.1)
+    alone = swapped_prediction.prediction_error(scores, target, target.sum(dim=-1), 1 / 0.1)
     assert torch.equal(found, alone)
     assert found.dtype == arithmetic
     pair = torch.stack([scores, scores]).double().cpu().numpy()

@@ -6,6 +6,7 @@ python docs/examples/crop_sheet.py --output docs/images/crops.png
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -26,7 +27,8 @@ except ModuleNotFoundError as missing:
     )
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")  # inside the package, so nothing is downloaded
-FULL, SMALL = "#2f6db3", "#c0392b"
+FULL, SMALL = "#2f6db3", "#c0392b"  # colors of the crops of either size
+FONT_SIZE = 10
 
 
 def load(name: str) -> Tensor:
@@ -34,41 +36,62 @@ def load(name: str) -> Tensor:
     return torch.from_numpy(getattr(skimage.data, name)()).permute(2, 0, 1)
 
 
-def show(axes: Axes, image: Tensor) -> None:
+def show(axes: Axes, image: Tensor, title: str = "", color: str = "black") -> None:
     axes.imshow(image.permute(1, 2, 0).numpy())
     axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, fontsize=FONT_SIZE, color=color, pad=3)
+
+
+def draw_boxes(axes: Axes, boxes: list[Tensor], colors: list[str]) -> None:
+    """Draw each box with its number, at the upper left or, of every second one, the lower right."""
+    for number, (box, color) in enumerate(zip(boxes, colors, strict=True), start=1):
+        left, top, right, bottom = box.tolist()
+        corner, extent = (left - 0.5, top - 0.5), (right - left, bottom - top)
+        axes.add_patch(Rectangle(corner, *extent, fill=False, edgecolor=color, linewidth=1.5))
+        label = {"facecolor": color, "edgecolor": "none", "pad": 1.5}
+        place = {"x": left, "y": top, "ha": "left", "va": "top"}
+        if number % 2 == 0:
+            place = {"x": right, "y": bottom, "ha": "right", "va": "bottom"}
+        axes.text(**place, s=str(number), color="white", fontsize=FONT_SIZE - 2, bbox=label)
 
 
 def draw(photographs: list[Tensor], seed: int, path: Path) -> None:
-    """Draw a row a photograph: the photograph with its boxes, then the crops at one scale."""
+    """Draw for each photograph: the boxes of its crops, then the crops, all at one scale."""
     transform = MultiCropTransform()
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (transform.mean, transform.std))
-    sizes = [group.size for group in transform.crops for _ in range(group.count)]
-    largest = max(sizes)
-    widths = [1.5] + [size / largest for size in sizes]  # the same scale for every crop
-    figure = Figure(figsize=(2 * sum(widths), 2.1 * len(photographs)), layout="constrained")
-    rows = figure.subplots(len(photographs), len(widths), squeeze=False, width_ratios=widths)
+    full, small = transform.crops
+    columns = math.ceil(small.count / 2)  # of small crops, in two rows
+    height_of_small = small.size / full.size
+    figure = Figure(figsize=(10, 2.35 * len(photographs)), layout="constrained")
+    grid = figure.add_gridspec(
+        len(photographs), 3, width_ratios=(1.5, 2, columns * height_of_small)
+    )
     generator = torch.Generator().manual_seed(seed)
-    for (first, *others), photograph in zip(rows, photographs, strict=True):
+    colors = [FULL] * full.count + [SMALL] * small.count
+    for row, photograph in enumerate(photographs):
         crops, boxes, flips = transform(photograph, generator=generator, return_boxes=True)
+        first = figure.add_subplot(grid[row, 0])
         show(first, photograph)
-        for axes, crop, box, flip in zip(others, crops, boxes, flips, strict=True):
-            size = crop.shape[-1]
-            colour = FULL if size == largest else SMALL
-            left, top, right, bottom = box.tolist()
-            corner, extent = (left - 0.5, top - 0.5), (right - left, bottom - top)
-            first.add_patch(Rectangle(corner, *extent, fill=False, edgecolor=colour))
-            show(axes, (crop * std + mean).clamp(0, 1))
-            axes.set_title(f"{size}{' mirrored' * bool(flip)}", fontsize=7, color=colour)
-            axes.spines[:].set_visible(False)
+        draw_boxes(first, boxes, colors)
+        large = grid[row, 1].subgridspec(1, full.count).subplots(squeeze=False)
+        others = grid[row, 2].subgridspec(2, columns).subplots(squeeze=False)
+        for axes in others.flat:
+            axes.axis("off")  # also where there is no crop
+        places = [*large.flat, *others.flat[: small.count]]
+        for number, (axes, crop, flip) in enumerate(
+            zip(places, crops, flips, strict=True), start=1
+        ):
+            title = f"{number}, mirrored" if flip else str(number)
+            show(axes, (crop * std + mean).clamp(0, 1), title, colors[number - 1])
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=100)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw photographs and the crops of each.")
     parser.add_argument("--output", type=Path, default=Path("runs/crops.png"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(arguments)
     draw([load(name) for name in PHOTOGRAPHS], options.seed, options.output)
     print(f"written to {options.output}")

@@ -1,12 +1,15 @@
-"""The network that pretrain.py trains, and what it does to the crops of digits."""
+"""The network that pretrain.py trains, its features, and what it does to the crops of digits."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+MEAN, STD = 0.5, 0.5  # of the pixels that the network sees
 
 
 def distort_digits(crops: Tensor) -> Tensor:
@@ -75,3 +78,14 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.encoder(images))
+
+
+@torch.no_grad()
+def features_of(module: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Return the features of uint8 images, undistorted, on the CPU."""
+    return torch.cat([module((batch / 255 - MEAN) / STD).cpu() for batch in images.split(500)])
+
+
+def pixels_of(images: Tensor) -> Tensor:
+    """Return the pixels as features. From 0 for black: centered ones were worse by 2 points."""
+    return images.flatten(1).cpu() / 255

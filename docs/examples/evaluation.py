@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+from images import Images
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize
+from torch import Tensor
+from tqdm import tqdm
 
 FEW = 10  # labels of each class
 DRAWS = 5  # of the few labels; the same draws for every representation
@@ -17,6 +22,28 @@ COLUMNS = {
     "linear": "linear, all labels",
     "knn": "5-NN, all labels",
 }
+
+
+def compare(
+    representations: dict[str, Callable[[Tensor], Tensor]], images: Images
+) -> dict[str, dict[str, float]]:
+    """Return the accuracies of each representation of the images, and show them as a table."""
+    if images.train_labels is None or images.held_out_labels is None:
+        print("no labels (two subfolders or more, with 5 images each): no evaluation")
+        return {}
+    accuracies = {}
+    progress = tqdm(representations.items(), unit="representation")
+    for name, represent in progress:
+        progress.set_description(f"evaluating {name}")
+        accuracies[name] = evaluate(
+            represent(images.train).numpy(),
+            images.train_labels.numpy(),
+            represent(images.held_out).numpy(),
+            images.held_out_labels.numpy(),
+        )
+    print(f"\n{len(images.held_out)} {images.held_out_name} images")
+    print(table(accuracies), flush=True)
+    return accuracies
 
 
 def evaluate(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 SPLIT_SEED = 0  # of the split into training and held-out images, which no option changes
-ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,17 @@ class Images:
     held_out: Tensor
     held_out_labels: Tensor | None
     held_out_name: str  # "test" or "validation"
-    unreadable: int = 0
+    classes: list[str]  # the name of each label
+    unreadable: dict[str, str] = field(default_factory=dict)  # file: reason
 
     def __str__(self) -> str:
         size = "x".join(str(length) for length in self.train.shape[1:])
-        skipped = f" ({self.unreadable} unreadable ones skipped)" if self.unreadable else ""
         held_out = f" and {len(self.held_out)} {self.held_out_name}" if len(self.held_out) else ""
-        return f"{len(self.train)} training{held_out} images of {size}{skipped}"
+        lines = [f"{len(self.train)} training{held_out} images of {size}"]
+        if self.unreadable:
+            lines[0] += f" ({len(self.unreadable)} unreadable ones skipped)"
+            lines += [f"  skipped {line}" for line in first_few(self.unreadable)]
+        return "\n".join(lines)
 
     def to(self, device: torch.device) -> Images:
         """Return the same with the pixels on ``device``."""
@@ -46,7 +51,7 @@ def load_images(source: str, *, validation: bool, image_size: int) -> Images:
     The test split is set aside first. With ``validation`` it is left alone, and a part of the
     training images is held out in its place.
     """
-    unreadable = 0
+    classes, unreadable = [str(digit) for digit in range(10)], {}
     if source == "mnist":
         rows, labels = mnist_data()
         pixels = rows.reshape(-1, 1, 28, 28).astype(np.uint8)
@@ -55,7 +60,8 @@ def load_images(source: str, *, validation: bool, image_size: int) -> Images:
         pixels = (digits.images[:, None] * (255 / 16)).round().astype(np.uint8)
         labels = digits.target
     else:
-        pixels, labels, unreadable = read_folder(Path(source), image_size)
+        pixels, names, unreadable = read_folder(Path(source), image_size)
+        classes, labels = labels_of(names)
 
     train, held_out = split(np.arange(len(pixels)), labels)
     if validation:
@@ -66,6 +72,7 @@ def load_images(source: str, *, validation: bool, image_size: int) -> Images:
         held_out=torch.from_numpy(pixels[held_out]),
         held_out_labels=None if labels is None else torch.from_numpy(labels[held_out]),
         held_out_name="validation" if validation else "test",
+        classes=classes,
         unreadable=unreadable,
     )
 
@@ -74,33 +81,107 @@ def split(rows: np.ndarray, labels: np.ndarray | None) -> tuple[np.ndarray, np.n
     """Hold out a fifth, of each label if there are any; nothing where there are no labels."""
     if labels is None:
         return rows, rows[:0]
-    train, held_out = train_test_split(
-        rows, test_size=0.2, stratify=labels[rows], random_state=SPLIT_SEED
-    )
+    try:
+        train, held_out = train_test_split(
+            rows, test_size=0.2, stratify=labels[rows], random_state=SPLIT_SEED
+        )
+    except ValueError as error:  # the first split is of 5 images a class or more
+        raise UserError(f"--validation: too few images ({len(rows)}) to split again") from error
     return np.sort(train), np.sort(held_out)
 
 
-def read_folder(folder: Path, size: int) -> tuple[np.ndarray, np.ndarray | None, int]:
-    """Return RGB pixels (N, 3, size, size), labels if there are any, and the unreadable count.
+def labels_of(names: list[str]) -> tuple[list[str], np.ndarray | None]:
+    """Return the classes and the label of each image, if there are any.
 
-    The labels are the names of the immediate subfolders, if every image is in one and there are at
-    least two, with at least 5 images each, so that each appears in both parts of a split.
+    There are labels if every image is in a class, and there are at least two classes, with at
+    least 5 images each, so that each class appears in both parts of a split.
+    """
+    classes, labels, counts = np.unique(names, return_inverse=True, return_counts=True)
+    if len(classes) < 2 or "" in classes or counts.min() < 5:
+        return [], None
+    return classes.tolist(), labels.astype(np.int64)
+
+
+def read_folder(folder: Path, size: int) -> tuple[np.ndarray, list[str], dict[str, str]]:
+    """Return RGB pixels (N, 3, size, size), the class of each image, and the unreadable files.
+
+    The class is the name of the immediate subfolder that holds the image, however deep, or "".
+    Each unreadable file is given with the reason.
     """
     if not folder.is_dir():
         raise UserError(f"--data must be mnist, digits or a folder, got {str(folder)!r}")
-    pixels, names, unreadable = [], [], 0
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS):
+    pixels, names, unreadable = [], [], {}
+    for path in files_below(folder):
+        within = path.relative_to(folder)
         try:
             with Image.open(path) as image:
-                square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            unreadable += 1
+                square = ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC)
+        except Exception as error:  # each decoder raises kinds of its own
+            unreadable[within.as_posix()] = reason(error)
             continue
         pixels.append(np.asarray(square).transpose(2, 0, 1))
-        within = path.relative_to(folder).parts
-        names.append(within[0] if len(within) > 1 else "")
+        names.append(within.parts[0] if len(within.parts) > 1 else "")
     if not pixels:
-        raise UserError(f"--data {str(folder)!r} holds no readable image ({unreadable} unreadable)")
-    classes, labels, counts = np.unique(names, return_inverse=True, return_counts=True)
-    labelled = len(classes) > 1 and "" not in classes and counts.min() >= 5
-    return np.stack(pixels), labels.astype(np.int64) if labelled else None, unreadable
+        unread = "; ".join(first_few(unreadable)) or f"no file ends in {' '.join(sorted(ENDINGS))}"
+        raise UserError(f"--data {str(folder)!r} holds no readable image: {unread}")
+    return np.stack(pixels), names, unreadable
+
+
+def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yield the images at any depth, sorted, and whatever cannot be looked into.
+
+    Symbolic links are followed, except to a folder that the link itself is in.
+    """
+    real = folder.resolve()
+    if real in above:
+        return
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError:
+        yield folder  # opening it as an image tells why
+        return
+    for path in paths:
+        if path.is_dir():
+            yield from files_below(path, (*above, real))
+        elif path.suffix.lower() in ENDINGS or not path.exists():  # a link that leads nowhere
+            yield path
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image of any mode, upright, in 8-bit RGB.
+
+    Gray values of more than 8 bits are scaled: 16-bit and integer ones from 0 to 65535, floats from
+    0 to 1. Transparent pixels show white.
+
+    Raises:
+        ValueError: If a value lies outside that range.
+    """
+    image = ImageOps.exif_transpose(image)
+    transparent = image.info.get("transparency")
+    if image.mode[0] in "IF":  # I, I;16 in any byte order, F
+        most, values = 1 if image.mode == "F" else 65535, np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= most):  # nan is neither
+            raise ValueError(
+                f"values of mode {image.mode} must be in [0, {most}], "
+                f"got {values.min():g} to {values.max():g}"
+            )
+        gray = (values * (255 / most)).round().astype(np.uint8)
+        gray[values == transparent] = 255
+        image = Image.fromarray(gray)
+    elif {"A", "a"}.intersection(image.getbands()) or transparent is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def reason(error: Exception) -> str:
+    """Return what an exception says in one line."""
+    said = getattr(error, "strerror", None) or str(error)
+    return said.splitlines()[0] if said else type(error).__name__
+
+
+def first_few(unreadable: dict[str, str], most: int = 3) -> list[str]:
+    """Return the first files and their reasons, and how many more there are."""
+    lines = [f"{name}: {why}" for name, why in list(unreadable.items())[:most]]
+    rest = len(unreadable) - most
+    return [*lines, f"{rest} more"] if rest > 0 else lines

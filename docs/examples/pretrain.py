@@ -5,26 +5,30 @@
     python docs/examples/pretrain.py --data path/to/images  # your own; subfolders are labels
     torchrun --nproc-per-node 2 docs/examples/pretrain.py   # each batch on two processes
 
+``torchrun`` is in the same folder as ``python``: ``.venv/bin/torchrun`` where that is
+``.venv/bin/python``.
+
 The training loop in ``train`` is of the kind that users of swavkit write themselves: crops,
 features, loss, step. Labels serve the evaluation only. Everything is written into one folder:
 ``metrics.json``, ``checkpoint.pt`` (from which training goes on with ``--resume``) and pictures.
+The exit status is 0 for a finished run, 2 for an error that the user can put right, 3 for a
+training that diverges, 130 for Ctrl-C.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import json
 import math
-import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,17 +41,19 @@ try:
     import evaluation
     import pictures
     import processes
-    from encoder import Network, distort_digits
-    from images import Images, load_images
-    from settings import (
-        FREE_TO_CHANGE,
-        Settings,
-        UserError,
-        choose_device,
-        crop_groups,
-        flag,
-        parse,
+    from checkpoint import (
+        CHECKPOINT,
+        METRICS,
+        Training,
+        check_output,
+        checkpoint,
+        make_room,
+        resume,
+        write,
     )
+    from encoder import MEAN, STD, Network, distort_digits, features_of, pixels_of
+    from images import Images, load_images
+    from settings import Settings, TrainingError, UserError, choose_device, crop_groups, parse
     from threadpoolctl import threadpool_limits
     from tqdm import tqdm
 except ModuleNotFoundError as missing:
@@ -56,11 +62,14 @@ except ModuleNotFoundError as missing:
         f'pip install -e ".[examples]"'
     )
 
-MEAN, STD = 0.5, 0.5  # of the pixels that the network sees
-
 
 class Model(nn.Module):
-    """From crops to the loss, so that the processes of a job share all parameters there are."""
+    """From crops to the loss, as one module for DistributedDataParallel to wrap.
+
+    All parameters are then inside, and the passes of ``multi_crop_forward`` are one forward of the
+    wrapper. A wrapped network that is called once a resolution fails in the backward pass: the
+    wrapper synchronizes BatchNorm's buffers, in place, before every call.
+    """
 
     def __init__(self, network: nn.Module, criterion: SwAVLoss) -> None:
         super().__init__()
@@ -69,19 +78,6 @@ class Model(nn.Module):
     def forward(self, crops: list[Tensor]) -> Tensor:
         """Return the loss of one batch."""
         return self.criterion(multi_crop_forward(self.network, crops))
-
-
-@dataclass
-class Training:
-    """Everything that a training step changes, so that a checkpoint can hold all of it."""
-
-    network: Network
-    criterion: SwAVLoss
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    epoch: int = 0
-    seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)  # one a step
 
 
 def prepare(settings: Settings, images: Tensor, code_views: int) -> Training:
@@ -135,177 +131,107 @@ def train(
         mininterval=0.5,
         disable=processes.RANK > 0,
     )
-    while training.epoch < settings.epochs:
-        started = time.perf_counter()
-        losses = []
-        order = processes.of_the_first(torch.randperm(len(images)).to(images.device))
-        for batch in order[:in_epoch].split(settings.batch_size):
-            rows = batch[processes.RANK :: processes.SIZE]
-            loss = model(transform(images[rows]))
-            training.optimizer.zero_grad()
-            loss.backward()
-            training.optimizer.step()
-            training.schedule.step()
+    with progress:
+        while training.epoch < settings.epochs:
+            started = time.perf_counter()
+            unread: list[Tensor] = []  # losses on the device
+            order = processes.of_the_first(torch.randperm(len(images)).to(images.device))
+            for step, batch in enumerate(order[:in_epoch].split(settings.batch_size), start=1):
+                rows = batch[processes.RANK :: processes.SIZE]
+                loss = model(transform(images[rows]))
+                training.optimizer.zero_grad()
+                loss.backward()
+                training.optimizer.step()
+                training.schedule.step()
 
-            losses.append(loss.detach())
-            progress.update(settings.batch_size)
-            if len(losses) % 10 == 0 or len(losses) == steps:
-                mean = float(torch.stack(losses[-10:]).mean())
-                progress.set_postfix_str(f"loss {mean:.3f}, ln K {mean - chance:+.3f}", False)
-        training.losses += processes.mean(torch.stack(losses)).tolist()
-        training.epoch += 1
-        training.seconds += time.perf_counter() - started
-        save_checkpoint(training, settings, images)
-    progress.close()
-
-
-def save_checkpoint(training: Training, settings: Settings, images: Tensor) -> None:
-    """Write the checkpoint so that at any moment either the old or the new one is there, whole."""
-    own = {
-        "criterion": training.criterion.state_dict(),  # prototypes, queue, steps
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state(images.device) if images.is_cuda else None,
-    }
-    of_processes = processes.everyones(own)
-    if processes.RANK > 0:
-        return
-    state = {
-        "settings": dataclasses.asdict(settings),
-        "images": len(images),
-        "network": training.network.state_dict(),
-        "processes": of_processes,
-        "optimizer": training.optimizer.state_dict(),
-        "schedule": training.schedule.state_dict(),
-        "epoch": training.epoch,
-        "seconds": training.seconds,
-        "losses": training.losses,
-    }
-    path = Path(settings.output) / "checkpoint.pt"
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+                unread.append(loss.detach())
+                progress.update(settings.batch_size)
+                if step % 10 == 0 or step == steps:
+                    read_losses(training, unread)
+                    mean = statistics.fmean(training.losses[-10:])
+                    progress.set_postfix_str(f"loss {mean:.3f}, ln K {mean - chance:+.3f}", False)
+            if not all(state.isfinite().all() for state in [*model.parameters(), *model.buffers()]):
+                raise diverged(
+                    training, f"the weights after step {len(training.losses)} are not finite"
+                )
+            training.epoch += 1
+            training.seconds += time.perf_counter() - started
+            write(settings, CHECKPOINT, checkpoint(training, settings, images))
 
 
-def load_checkpoint(training: Training, settings: Settings, images: Tensor) -> None:
-    """Go back to where the last checkpoint was written, if there is one."""
-    path = Path(settings.output) / "checkpoint.pt"
-    if not path.exists():
-        say(f"no {path} yet: starting from the beginning")
-        return
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = {
-            **state["settings"],
-            "the number of training images": state["images"],
-            "the number of processes": len(state["processes"]),
-        }
-    except Exception as error:  # torch.load raises many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{str(path)!r} is no checkpoint of this program: {reason}") from error
-    present = {
-        **dataclasses.asdict(settings),
-        "the number of training images": len(images),
-        "the number of processes": processes.SIZE,
-    }
-    for name, value in present.items():
-        if name not in FREE_TO_CHANGE and saved.get(name) != value:
-            what = name if " " in name else flag(name)
-            raise UserError(
-                f"--resume must go on as {str(path)!r} began: {what} was {saved.get(name)!r} "
-                f"there, got {value!r}"
-            )
-    training.network.load_state_dict(state["network"])
-    own = state["processes"][processes.RANK]
-    training.criterion.load_state_dict(own["criterion"])
-    training.optimizer.load_state_dict(state["optimizer"])
-    training.schedule.load_state_dict(state["schedule"])
-    torch.set_rng_state(own["random"])
-    if images.is_cuda and own["random_cuda"] is not None:
-        torch.cuda.set_rng_state(own["random_cuda"], images.device)
-    training.epoch, training.seconds = state["epoch"], state["seconds"]
-    training.losses = state["losses"]
-    say(f"going on after epoch {training.epoch} of {settings.epochs}")
+def read_losses(training: Training, unread: list[Tensor]) -> None:
+    """Move losses to ``training.losses``. Every process raises if one is not finite on any."""
+    for loss in processes.mean(torch.stack(unread)).tolist():
+        if not math.isfinite(loss):
+            raise diverged(training, f"the loss is {loss} at step {len(training.losses) + 1}")
+        training.losses.append(loss)
+    unread.clear()
 
 
-@torch.no_grad()
-def features_of(module: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Return the features of uint8 images, undistorted, on the CPU."""
-    return torch.cat([module((batch / 255 - MEAN) / STD).cpu() for batch in images.split(500)])
+def diverged(training: Training, what: str) -> TrainingError:
+    """Return the error of a training that left the finite numbers."""
+    kept = f"the checkpoint of epoch {training.epoch} stays" if training.epoch else "no checkpoint"
+    return TrainingError(f"{what}: training stopped ({kept}); try a smaller --learning-rate")
 
 
-def pixels_of(images: Tensor) -> Tensor:
-    """Return the pixels as features. From 0 for black: centred ones were worse by 2 points."""
-    return images.flatten(1).cpu() / 255
-
-
-def evaluate(
-    encoders: dict[str, Callable[[Tensor], Tensor]], images: Images
-) -> dict[str, dict[str, float]]:
-    """Return the accuracies of encoders and of raw pixels, and show them as a table."""
-    if images.train_labels is None or images.held_out_labels is None:
-        print("no labels (two subfolders or more, with 5 images each): no evaluation")
-        return {}
-    representations: dict[str, Callable[[Tensor], Tensor]] = {
-        **{name: partial(features_of, encoder) for name, encoder in encoders.items()},
-        "raw pixels": pixels_of,
-    }
-    accuracies = {
-        name: evaluation.evaluate(
-            represent(images.train).numpy(),
-            images.train_labels.numpy(),
-            represent(images.held_out).numpy(),
-            images.held_out_labels.numpy(),
-        )
-        for name, represent in representations.items()
-    }
-    print(f"\n{len(images.held_out)} {images.held_out_name} images")
-    print(evaluation.table(accuracies), flush=True)
-    return accuracies
-
-
-def draw(training: Training, transform: MultiCropTransform, images: Images, folder: Path) -> float:
-    """Write the pictures, say so if the training failed, and return the prototypes' perplexity."""
+def draw(
+    training: Training, settings: Settings, transform: MultiCropTransform, images: Images
+) -> float:
+    """Write the pictures, warn if the training failed, and return the prototypes' perplexity."""
     prototypes = training.criterion.prototypes.cpu()
     chance = math.log(prototypes.num_prototypes)
     projected = features_of(training.network, images.train)
+    scores = prototypes(projected).detach()
     nearest = prototypes.assign(projected)
     usage = torch.bincount(nearest, minlength=prototypes.num_prototypes) / len(nearest)
     perplexity = math.exp(torch.special.entr(usage).sum())
-    last = training.losses[-50:]
-    if sum(last) / len(last) > 0.99 * chance:
+    steps = len(training.losses)
+    slow_start = max(min(settings.warmup_steps, steps // 2), settings.freeze_steps)
+    if steps < slow_start + 50:
+        print(f"{steps} steps are too few to tell whether the training works")
+    elif statistics.fmean(training.losses[-50:]) > 0.99 * chance:
         print("warning: the loss is still at ln K: the training did not start")
     elif perplexity < min(2, prototypes.num_prototypes):
         print(f"warning: the training collapsed: the prototypes' perplexity is {perplexity:.2f}")
 
     some = torch.linspace(0, len(images.train) - 1, min(8, len(images.train))).long()
-    pictures.crops(transform(images.train[some]), MEAN, STD, folder / "crops.png")
-    pictures.loss(training.losses, chance, folder / "loss.png")
-    pictures.usage(usage, perplexity, folder / "prototypes.png")
-    scores = prototypes(projected).detach()
-    pictures.nearest(images.train.cpu(), scores, folder / "nearest.png")
     if len(images.held_out):
-        shown, labels = images.held_out, images.held_out_labels
+        shown, labels, what = images.held_out, images.held_out_labels, images.held_out_name
     else:
-        shown, labels = images.train[:1000], None
-    pictures.feature_map(features_of(training.network.encoder, shown), labels, folder / "map.png")
+        shown, labels, what = images.train[:1000], None, "training"
+    figures = {
+        "crops.png": lambda: pictures.crops(transform(images.train[some]), MEAN, STD),
+        "loss.png": lambda: pictures.loss(training.losses, chance),
+        "prototypes.png": lambda: pictures.usage(usage, perplexity),
+        "nearest.png": lambda: pictures.nearest(images.train.cpu(), scores),
+        "map.png": lambda: pictures.feature_map(
+            features_of(training.network.encoder, shown), labels, images.classes, what
+        ),
+    }
+    progress = tqdm(figures.items(), unit="picture")
+    for name, figure in progress:
+        progress.set_description(f"drawing {name}")
+        content = io.BytesIO()
+        figure().savefig(content, format="png", dpi=120)
+        write(settings, name, content.getvalue())
     return perplexity
 
 
 def run(settings: Settings) -> None:
     """Pretrain, evaluate and write everything into the output folder."""
     started = time.perf_counter()
+    check_output(settings)
     device = choose_device(settings.device)
     processes.join(device)
+    # The probes are many products of milliseconds. Two threads of each library below scikit-learn
+    # spend them waiting for each other, the more so on a busy machine.
+    threadpool_limits(1)
     torch.set_num_threads(settings.threads)
-    threadpool_limits(settings.threads)  # of the libraries below scikit-learn
     groups = crop_groups(settings, distort_digits)
     images = load_images(
         settings.data, validation=settings.validation, image_size=settings.image_size
     ).to(device)
-    say(f"{images}, on {device}" + f", {processes.SIZE} processes" * (processes.SIZE > 1))
+    processes.say(f"{images}, on {device}" + f", {processes.SIZE} processes" * (processes.SIZE > 1))
     if settings.batch_size // processes.SIZE < 2:
         raise UserError(
             f"--batch-size must be at least 2 for each of the {processes.SIZE} processes, "
@@ -316,19 +242,18 @@ def run(settings: Settings) -> None:
             f"--batch-size must be at most the {len(images.train)} training images, "
             f"got {settings.batch_size}"
         )
-    output = Path(settings.output)
     torch.manual_seed(settings.seed)
     try:
-        output.mkdir(parents=True, exist_ok=True)
         transform = MultiCropTransform(groups, mean=MEAN, std=STD)
         training = prepare(settings, images.train, groups[0].count)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(str(error)) from error
+    make_room(settings, checkpoint(training, settings, images.train))
     if processes.RANK > 0:  # other crops on each process
         torch.manual_seed(settings.seed + 10**9 * processes.RANK)
     untrained = copy.deepcopy(training.network.encoder)
     if settings.resume:
-        load_checkpoint(training, settings, images.train)
+        resume(training, settings, images.train)
     if settings.compile:
         training.network.compile()
     train(training, settings, transform, images.train)
@@ -338,10 +263,14 @@ def run(settings: Settings) -> None:
     trained = time.perf_counter()
 
     training.network.eval()
-    encoders = {"trained encoder": training.network.encoder, "random encoder": untrained.eval()}
-    accuracies = evaluate(encoders, images)
+    representations: dict[str, Callable[[Tensor], Tensor]] = {
+        "trained encoder": partial(features_of, training.network.encoder),
+        "random encoder": partial(features_of, untrained.eval()),
+        "raw pixels": pixels_of,
+    }
+    accuracies = evaluation.compare(representations, images)
     evaluated = time.perf_counter()
-    perplexity = draw(training, transform, images, output)
+    perplexity = draw(training, settings, transform, images)
     finished = time.perf_counter()
     metrics: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),
@@ -356,6 +285,7 @@ def run(settings: Settings) -> None:
         "images": {
             "train": len(images.train),
             images.held_out_name: len(images.held_out),
+            "classes": images.classes,
             "unreadable": images.unreadable,
         },
         "seconds": {
@@ -369,8 +299,8 @@ def run(settings: Settings) -> None:
         "ln_k": math.log(settings.prototypes),
         "losses": training.losses,
     }
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{finished - started:.0f} s; pictures and metrics are in {output}")
+    write(settings, METRICS, (json.dumps(metrics, indent=1) + "\n").encode())
+    print(f"\n{finished - started:.0f} s; pictures and metrics are in {settings.output}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -380,14 +310,13 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         if processes.RANK == 0:
             print(f"pretrain.py: error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_status
+    except KeyboardInterrupt:
+        if processes.RANK == 0:
+            line = "pretrain.py: interrupted; --resume goes on after the last finished epoch"
+            print(line, file=sys.stderr)
+        return 130
     return 0
-
-
-def say(text: str) -> None:
-    """Print a line, once on all processes together."""
-    if processes.RANK == 0:
-        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -47,3 +47,9 @@ def mean(values: Tensor) -> Tensor:
     if SIZE > 1:
         dist.all_reduce(values)
     return values / SIZE
+
+
+def say(text: str) -> None:
+    """Print a line, once on all processes together."""
+    if RANK == 0:
+        print(text, flush=True)

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -23,6 +24,14 @@ FOLDER_CROPS = ("2x48,4x24", "0.3-1,0.1-0.4")
 class UserError(Exception):
     """Something that the user can put right; it is shown as one line."""
 
+    exit_status = 2
+
+
+class TrainingError(UserError):
+    """The training failed."""
+
+    exit_status = 3
+
 
 def option(default: Any, explanation: str) -> Any:
     """Declare a field together with the help for its option."""
@@ -33,9 +42,14 @@ def option(default: Any, explanation: str) -> Any:
 class Settings:
     """The options. Defaults were chosen on the validation split (``--validation``)."""
 
-    data: str = option("mnist", "mnist, digits, or a folder of images; subfolders are labels")
+    data: str = option(
+        "mnist",
+        "mnist, digits, or a folder of images; subfolders are labels. Gray images of more than 8 "
+        "bits hold 0 to 65535, or 0 to 1 in floats; transparent pixels become white",
+    )
     output: str = option("runs/pretrain", "folder for metrics, checkpoint and pictures")
     resume: bool = option(False, "go on from the checkpoint in the output folder, if there is one")
+    overwrite: bool = option(False, "replace the run that the output folder holds")
     validation: bool = option(
         False,
         "hold out a part of the training images, and evaluate on it and not on the test split",
@@ -62,7 +76,7 @@ class Settings:
 
 
 # Which may differ between the run that wrote a checkpoint and the one that goes on from it.
-FREE_TO_CHANGE = {"output", "resume", "device", "threads", "compile"}
+FREE_TO_CHANGE = {"output", "resume", "overwrite", "device", "threads", "compile"}
 
 LEAST = {
     "epochs": 1,
@@ -100,6 +114,8 @@ def parse(arguments: list[str] | None, description: str) -> Settings:
         value = getattr(settings, name)
         if not least <= value < math.inf:
             raise UserError(f"{flag(name)} must be at least {least}, got {value}")
+    if settings.resume and settings.overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
     return settings
 
 
@@ -121,27 +137,37 @@ def crop_groups(settings: Settings, distort_digits: Any) -> list[CropGroup]:
     crops, scales = DIGIT_DATA[settings.data] if digits else FOLDER_CROPS
     crops = crops if settings.crops == "auto" else settings.crops
     scales = scales if settings.scales == "auto" else settings.scales
+    numbers = resolutions("--crops", crops, r"(\d+)x(\d+)", "2x28,2x20")
+    areas = resolutions("--scales", scales, r"(\d*\.?\d+)-(\d*\.?\d+)", "0.7-1,0.5-0.9")
+    if len(numbers) != len(areas):
+        raise UserError(
+            f"--crops and --scales must hold as many resolutions, got {len(numbers)} ({crops}) "
+            f"and {len(areas)} ({scales})"
+        )
     try:
-        numbers = [[int(number) for number in crop.split("x")] for crop in crops.split(",")]
-        areas = [[float(area) for area in scale.split("-")] for scale in scales.split(",")]
         groups = [
             CropGroup(
-                size,
-                count,
-                (least, most),
+                int(size),
+                int(count),
+                (float(least), float(most)),
                 flip=0.0 if digits else 0.5,  # a mirrored digit is none
                 photometric=distort_digits if digits else PhotometricDistortion(),
             )
             for (count, size), (least, most) in zip(numbers, areas, strict=True)
         ]
     except ValueError as error:
-        raise UserError(
-            f"--crops and --scales must be like 2x28,2x20 and 0.7-1,0.5-0.9, got {crops!r} and "
-            f"{scales!r} ({error})"
-        ) from error
+        raise UserError(f"--crops {crops} --scales {scales}: {error}") from error
     if sum(group.count for group in groups) < 2:
         raise UserError(f"--crops must describe at least 2 crops of an image, got {crops!r}")
     return groups
+
+
+def resolutions(name: str, text: str, pattern: str, example: str) -> list[tuple[str, ...]]:
+    """Return the numbers that an option gives for each resolution."""
+    matches = [re.fullmatch(pattern, part) for part in text.split(",")]
+    if not all(matches):
+        raise UserError(f"{name} must be like {example}, got {text!r}")
+    return [match.groups() for match in matches if match]
 
 
 def choose_device(name: str) -> torch.device:

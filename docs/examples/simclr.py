@@ -14,7 +14,6 @@ import argparse
 import copy
 import math
 import sys
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -24,10 +23,9 @@ from torch import Tensor
 from swavkit import CropGroup, MultiCropTransform, multi_crop_forward
 
 try:
-    from encoder import Network, distort_digits
-    from evaluation import evaluate, table
-    from images import Images, load_images
-    from pretrain import MEAN, STD, features_of, pixels_of
+    from encoder import MEAN, STD, Network, distort_digits, features_of, pixels_of
+    from evaluation import compare
+    from images import load_images
 except ModuleNotFoundError as missing:
     sys.exit(
         f"simclr.py: error: the package {missing.name!r} is missing; it comes with the extra: "
@@ -95,23 +93,6 @@ def train(network: Network, images: Tensor, *, epochs: int, batch_size: int) -> 
     return torch.stack(losses).tolist()
 
 
-def accuracies(
-    representations: dict[str, Callable[[Tensor], Tensor]], images: Images
-) -> dict[str, dict[str, float]]:
-    """Return what each representation of the images is worth, in per cent."""
-    assert images.train_labels is not None
-    assert images.held_out_labels is not None
-    return {
-        name: evaluate(
-            represent(images.train).numpy(),
-            images.train_labels.numpy(),
-            represent(images.held_out).numpy(),
-            images.held_out_labels.numpy(),
-        )
-        for name, represent in representations.items()
-    }
-
-
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser = argparse.ArgumentParser(
         description="Train SimCLR with multi-crop on digits.",
@@ -131,7 +112,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     network = Network(images.train.shape[1], feature_dim=64)
     untrained = copy.deepcopy(network.encoder).eval()
     train(network, images.train, epochs=options.epochs, batch_size=options.batch_size)
-    results = accuracies(
+    return compare(
         {
             "SimCLR": partial(features_of, network.encoder.eval()),
             "random encoder": partial(features_of, untrained),
@@ -139,8 +120,6 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
         },
         images,
     )
-    print(table(results))
-    return results
 
 
 if __name__ == "__main__":

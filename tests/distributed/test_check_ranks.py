@@ -107,7 +107,7 @@ def loss_with(rank: int, settings: dict[str, Any]) -> dict[str, Any]:
         ({"iterations": 1}, ["iterations must be"]),
         ({"queue_start": 3}, ["queue_start must be"]),
         ({"freeze_steps": 3}, ["freeze_steps must be"]),
-        ({"steps": 3}, ["steps must be"]),
+        ({"steps": 3}, ["steps must be", "; load a checkpoint on every process"]),
         ({"reduction": "global_mean"}, ["reduction='global_mean' must be"]),
         ({"double": False}, ["the dtype of the prototypes must be"]),
     ],

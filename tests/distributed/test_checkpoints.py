@@ -159,6 +159,14 @@ def test_one_process_gets_the_newest_of_all(problem: tuple[Steps, int, int]) -> 
     assert age == 0
 
 
+def test_states_are_dealt_out_where_they_are_whatever_the_default_device() -> None:
+    steps = steps_of(UNEVEN[:3])
+    state, queue = stacked_state(steps, 4), queue_of(5)
+    with torch.device("meta"):
+        load_sharded_state_dict(queue, state)
+    assert_holds(contents(queue), *dealt(steps, 5, 1, 4), 3)
+
+
 @settings(max_examples=40)
 @given(problem=histories())
 def test_each_of_three_gets_its_share_of_the_newest(
@@ -271,6 +279,19 @@ def test_a_process_of_no_job_loads_what_a_job_saved_and_the_reverse(
     results = start_ranks(3).run(load, [(tmp_path / "alone", 2)] * 3)
     for (found, _), share in zip(results, dealt(alone, 2, 3, 7), strict=True):
         assert_holds(found, share, 3)
+
+
+@ALONE
+def test_room_for_what_was_saved_is_on_the_cpu_whatever_the_default_device(tmp_path: Path) -> None:
+    alone = steps_of(UNEVEN[2:3])
+    save(0, (tmp_path, 7, alone[0]))
+    queue = queue_of(2)
+    with torch.device("meta"):
+        state = {"model": sharded_state_dict(queue, checkpoint=tmp_path)}
+    assert {value.device.type for value in state["model"].values()} == {"cpu"}
+    dcp.load(state, checkpoint_id=tmp_path)
+    load_sharded_state_dict(queue, state["model"])
+    assert_holds(contents(queue), *dealt(alone, 2, 1, 7), 3)
 
 
 def shapes_and_placements(rank: int) -> dict[str, Any]:

@@ -88,6 +88,38 @@ def test_codes_do_not_depend_on_the_split(
     )
 
 
+@pytest.mark.parametrize("iterations", [1, 2, 3, 8])
+@pytest.mark.parametrize("relaxation", [np.inf, 0.5])
+@pytest.mark.parametrize("sizes", [(3, 3), (1, 5), (6, 0), (0, 2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "decades", [[-16, -12, 28, 0, 20, -3], [-40] * 6, [38] * 6, [-40] * 3 + [3] * 3], ids=str
+)
+def test_ranks_may_have_weights_of_different_decades(
+    start_ranks: Callable[[int], Ranks],
+    decades: list[int],
+    sizes: tuple[int, ...],
+    relaxation: float,
+    iterations: int,
+) -> None:
+    scores = 100 * np.sign(cosines(3, 6, 5))
+    weight = np.array([1, 3, 2, 1, 0.5, 1]) * np.array([10.0**power for power in decades])
+    weight = weight.astype(np.float32)
+    codes = codes_of_split(
+        start_ranks(len(sizes)),
+        scores,
+        sizes,
+        sample_weight=weight,
+        dtype=torch.float32,
+        settings={"iterations": iterations, "relaxation": relaxation},
+    )
+    if relaxation == np.inf:
+        expected = oracles.sinkhorn(scores, 0.05, iterations, weight)
+    else:
+        expected = oracles.relaxed_sinkhorn(scores, 0.05, iterations, relaxation, weight)
+    atol = tolerances.of_codes(torch.float32, epsilon=0.05, largest=100)
+    np.testing.assert_allclose(codes, expected, rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize("iterations", [1, 3, 8])
 def test_no_rank_with_a_sample_gives_no_codes(ranks: Ranks, iterations: int) -> None:
     parts = [{"scores": np.zeros((2, 0, 5)), "settings": {"iterations": iterations}}] * 3
@@ -278,7 +310,7 @@ def payloads(rank: int, part: dict[str, Any]) -> list[int]:
 def test_all_problems_share_few_collectives_of_a_number_per_prototype(
     ranks: Ranks, iterations: int, synchronize: bool, calls: int
 ) -> None:
-    # Two for the first iteration, one for each of the others.
+    # Two for the first iteration, with the largest mass in one of them; one for each of the others.
     parts = [
         {
             "scores": cosines(rank, 2, size, 5),
@@ -286,7 +318,8 @@ def test_all_problems_share_few_collectives_of_a_number_per_prototype(
         }
         for rank, size in enumerate((30, 0, 7))
     ]
-    assert ranks.run(payloads, parts) == [[2 * 5] * calls] * 3
+    expected = [2 * (5 + 1)] + [2 * 5] * (calls - 1) if calls else []
+    assert ranks.run(payloads, parts) == [expected] * 3
 
 
 def alone_in_the_world(rank: int, features: np.ndarray) -> tuple[list[int], np.ndarray, np.ndarray]:

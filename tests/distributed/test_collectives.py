@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from swavkit._distributed import (
+    device_for,
     gather_over_ranks,
     in_one_collective,
     max_over_ranks,
@@ -80,3 +81,29 @@ def test_for_one_process_several_tensors_are_what_they_are() -> None:
         assert all(each is value for each, value in zip(found, values, strict=True))
     for each, value in zip(in_one_collective(gather_over_ranks, values, None), values, strict=True):
         assert torch.equal(each, value[None])
+
+
+class Group:
+    """What is asked of a process group to see where its tensors may be."""
+
+    def __init__(self, *types: str) -> None:
+        self._device_types = [torch.device(kind) for kind in types]
+
+
+def test_a_group_that_takes_no_tensor_of_the_cpu_gets_one_of_its_own_device() -> None:
+    cpu, first = torch.device("cpu"), torch.device("cuda", 1)
+    assert device_for(None, cpu) == cpu
+    assert device_for(Group("cuda"), cpu) == torch.device("cuda")  # NCCL alone
+    assert device_for(Group("cuda"), first) == first
+    assert device_for(Group("cpu", "cuda"), cpu) == cpu  # the default: both backends
+    assert device_for(Group("cpu"), first) == cpu
+
+
+def devices_of_gloo(rank: int) -> list[str]:
+    group = participants(None, True)
+    return [device_for(group, torch.device(kind)).type for kind in ("cpu", "meta")]
+
+
+def test_gloo_takes_tensors_of_the_cpu(ranks: Ranks) -> None:
+    assert [preferred for preferred, _ in ranks.run(devices_of_gloo)] == ["cpu"] * 3
+    assert "meta" not in {other for _, other in ranks.run(devices_of_gloo)}

@@ -56,11 +56,13 @@ def test_a_step_makes_one_collective_more_than_iterations(
     ranks: Ranks, settings: dict[str, Any], iterations: int, num_prototypes: Any, memory: str
 ) -> None:
     of_all_heads = K if num_prototypes == K else sum(HEADS)
-    least = settings.get("num_code_views", 2) * of_all_heads
+    views, heads = settings.get("num_code_views", 2), 1 if num_prototypes == K else len(HEADS)
+    least = views * of_all_heads
     own = {"iterations": iterations, "num_prototypes": num_prototypes, "memory": memory}
     for forward, backward in ranks.run(collectives_of_a_step, [settings | own] * RANKS):
         assert len(forward) == iterations + 1  # 4 as published: a maximum, and a sum in each
-        assert all(least <= numel <= least + 4 for numel in forward)
+        # With the maximum goes a largest mass of each code view and head, and a total with a sum.
+        assert all(least <= numel <= least + max(4, views * heads) for numel in forward)
         assert not backward
 
 
@@ -88,10 +90,11 @@ def test_heads_send_together_what_each_would_at_the_same_time(
     for together, *alone in ranks.run(heads_together_and_alone, [(settings, of_codes)] * RANKS):
         assert together == [sum(sent) for sent in zip(*alone, strict=True)]
         for size, sent in zip(HEADS, alone, strict=True):
-            # Relaxed masses may be too small to be summed, so that they are gathered; and their
-            # total is sent along with the first.
+            # The largest mass of a sample is sent along with the maximum. Relaxed masses may be
+            # too small to be summed, so that they are gathered; and their total is sent along with
+            # the first.
             later = 2 * size * (RANKS if relaxed else 1)
-            assert sent == [2 * size, 2 * (size + relaxed)] + [later] * (iterations - 1)
+            assert sent == [2 * (size + 1), 2 * (size + relaxed)] + [later] * (iterations - 1)
 
 
 @pytest.mark.parametrize("memory", ["full", "streamed"])

@@ -211,8 +211,9 @@ def test_all_ranks_stop_as_soon_as_the_whole_batch_is_near_enough(
     ]
     codes, numels = zip(*start_ranks(len(sizes)).run(codes_and_payloads, parts), strict=True)
     np.testing.assert_allclose(np.concatenate(codes), expected, rtol=0, atol=1e-12)
-    # Two for the first iteration, one for each of the others, and the masses that were enough.
-    assert list(numels) == [[10] * (needed + 2)] * len(sizes)
+    # Two for the first iteration, with the largest mass in one of them; one for each of the others,
+    # and the masses that were enough.
+    assert list(numels) == [[11] + [10] * (needed + 1)] * len(sizes)
 
 
 @given(weighted_splits(), st.sampled_from([1e-6, 0.03, 0.3, 3.0]))
@@ -481,6 +482,21 @@ def test_any_split_has_the_marginal_error_of_the_whole_batch(
     ]
     for error, _ in start_ranks(3).run(error_of_part, parts):
         np.testing.assert_allclose(error, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("decades", [(-40, -40, -40), (37, 38, 38), (-40, 3, 20)], ids=str)
+def test_the_marginal_error_knows_weights_of_different_decades(
+    start_ranks: Callable[[int], Ranks], decades: tuple[int, ...]
+) -> None:
+    codes = dirichlet(3, 12, 5).astype(np.float32)
+    weight = np.repeat([10.0**power for power in decades], 4).astype(np.float32)
+    parts = [
+        {"codes": part, "sample_weight": of_part}
+        for part, of_part in zip(np.split(codes, 3), np.split(weight, 3), strict=True)
+    ]
+    expected = oracles.marginal_error(codes.astype(float), weight.astype(float))
+    for error, _ in start_ranks(3).run(error_of_part, parts):
+        np.testing.assert_allclose(error, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("weight", [None, 0.0])
