@@ -266,6 +266,9 @@ class SinkhornKnopp(nn.Module):
         """Return the codes of ``scores``; see :func:`sinkhorn_knopp`."""
         return self._in_step([scores], sample_weight, prototype_weight)[0]
 
+    if TYPE_CHECKING:
+        __call__ = forward  # nn.Module's returns anything
+
     def _in_step(
         self,
         several: Sequence[Tensor],

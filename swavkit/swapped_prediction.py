@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import reduce
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +144,9 @@ class SwappedPredictionLoss(nn.Module):
         return swapped_prediction_loss(
             scores, codes, temperature=self.temperature, sample_weight=sample_weight
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward  # nn.Module's returns anything
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 from typing_extensions import assert_type
 
-from swavkit import PrototypeLayer, SwAVDetails, SwAVLoss
+from swavkit import (
+    PrototypeLayer,
+    SinkhornKnopp,
+    SwappedPredictionLoss,
+    SwAVDetails,
+    SwAVLoss,
+)
 
 
 def test_a_loss_is_a_tensor_and_prototypes_are_known() -> None:
@@ -30,3 +36,10 @@ def test_so_are_those_of_several_heads() -> None:
     criterion = SwAVLoss(4, [5, 6])
     assert_type([head.assign(features) for head in criterion.prototypes], list[Tensor])
     assert_type(criterion.prototypes[1].directions, Tensor)
+
+
+def test_codes_and_the_loss_of_scores_are_tensors() -> None:
+    scores = torch.randn(2, 3, 4)
+    codes = SinkhornKnopp()(scores)
+    assert_type(codes, Tensor)
+    assert_type(SwappedPredictionLoss()(scores, codes), Tensor)
