@@ -206,7 +206,8 @@ def test_distributions_hold_every_file(tmp_path: Path) -> None:
     with tarfile.open(next(tree.glob("built/*.tar.gz"))) as sdist:
         held = {name.partition("/")[2] for name in sdist.getnames()}
     assert files_below(tree, "swavkit", "tests", "docs", "benchmarks") <= held
-    assert {"CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml", "setup.cfg"} <= held
+    assert {"CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md"} <= held
+    assert {"pyproject.toml", "setup.cfg"} <= held
     with zipfile.ZipFile(next(tree.glob("built/*.whl"))) as wheel:
         inside = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert inside == files_below(tree, "swavkit")
