@@ -60,9 +60,8 @@ def keeping_what_it_saves(method: Method) -> Method:
 
     @wraps(method)
     def keeping(*args: Any, **kwargs: Any) -> Any:
-        in_transform = (
-            torch._C._functorch.maybe_current_level() is not None
-        )  # refused by the method
+        # A transform of torch.func takes no hooks; the method refuses it in words of its own.
+        in_transform = torch._C._functorch.maybe_current_level() is not None
         if torch.compiler.is_compiling() or in_transform:
             return method(*args, **kwargs)
         with torch.autograd.graph.saved_tensors_hooks(_with_version, _unchanged):
