@@ -4,14 +4,14 @@
 """
 
 from swavkit.checkpoints import load_sharded_state_dict, sharded_state_dict
-from swavkit.crop_group import CropGroup
 from swavkit.feature_queue import FeatureQueue
-from swavkit.marginals import marginal_error, power_law_prior
-from swavkit.multicrop import MultiCropTransform
-from swavkit.multicrop_forward import multi_crop_forward
-from swavkit.photometric import PhotometricDistortion
+from swavkit.multicrop.crop_group import CropGroup
+from swavkit.multicrop.forward import multi_crop_forward
+from swavkit.multicrop.photometric import PhotometricDistortion
+from swavkit.multicrop.transform import MultiCropTransform
 from swavkit.prototypes import PrototypeLayer
 from swavkit.sinkhorn import SinkhornKnopp, sinkhorn_knopp
+from swavkit.sinkhorn.marginals import marginal_error, power_law_prior
 from swavkit.swapped_prediction import SwappedPredictionLoss, swapped_prediction_loss
 from swavkit.swav import SwAVDetails, SwAVLoss
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 Kind = TypeVar("Kind")
@@ -226,6 +226,17 @@ def refuse_scripting(module: object) -> NoReturn:
     raise RuntimeError(
         f"{type(module).__name__} cannot be compiled by torch.jit.script; expected torch.compile"
     )
+
+
+def is_plainly(part: nn.Module, kind: type[nn.Module]) -> bool:
+    """Tell whether a part is what it was made as, and nothing is hooked onto it."""
+    hooks = (
+        part._forward_pre_hooks
+        or part._forward_hooks
+        or part._backward_pre_hooks
+        or part._backward_hooks
+    )
+    return type(part) is kind and not ("forward" in vars(part) or hooks)
 
 
 def views(

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from swavkit._agreement import checksum
-from swavkit._distributed import is_sharded
-from swavkit._hooks import is_plainly
+from swavkit._checks import is_plainly
+from swavkit.distributed.agreement import checksum
+from swavkit.distributed.collectives import is_sharded
 
 _HEADS = 8  # whose sizes are compared one by one; those of more by their sum
 

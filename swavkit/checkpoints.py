@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from swavkit._distributed import own_row, participants, rank_and_size, saved_tensors, shard_of
+from swavkit.distributed.collectives import (
+    own_row,
+    participants,
+    rank_and_size,
+    saved_tensors,
+    shard_of,
+)
 from swavkit.feature_queue import FeatureQueue
 
 if TYPE_CHECKING:
-    from swavkit._distributed import ProcessGroup, StorageReader
+    from swavkit.distributed.collectives import ProcessGroup, StorageReader
 
 __all__ = ["load_sharded_state_dict", "sharded_state_dict"]
 

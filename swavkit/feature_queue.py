@@ -10,7 +10,7 @@ from torch import Tensor
 
 from swavkit import _checks
 from swavkit._own_state import OwnState
-from swavkit._precision import autocast_disabled
+from swavkit._tensors import autocast_disabled
 
 __all__ = ["FeatureQueue"]
 

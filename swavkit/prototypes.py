@@ -9,10 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swavkit import _checks
-from swavkit._device import on_cpu
-from swavkit._distributed import is_sharded
-from swavkit._memory import empty
-from swavkit._precision import at_least_float32, autocast_disabled, product_dtype
+from swavkit._tensors import at_least_float32, autocast_disabled, empty, on_cpu, product_dtype
+from swavkit.distributed.collectives import is_sharded
 
 __all__ = ["PrototypeLayer"]
 

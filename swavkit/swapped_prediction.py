@@ -30,9 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from swavkit import _checks
-from swavkit._device import on_cpu, scaled_sum, traceable
-from swavkit._known_gradients import LossOfFactors, LossOfScores
-from swavkit._precision import at_least_float32, autocast_disabled
+from swavkit._autograd import LossOfFactors, LossOfScores
+from swavkit._tensors import at_least_float32, autocast_disabled, on_cpu, scaled_sum, traceable
 
 __all__ = ["SwappedPredictionLoss", "swapped_prediction_loss"]
 

@@ -9,24 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from swavkit import _checks
-from swavkit._agreement import Agreement
+from swavkit._activation_checkpointing import Recomputation, keeping_what_it_saves
 from swavkit._details import SwAVDetails
-from swavkit._distributed import device_for, participants, share_of_mean, sum_over_ranks
-from swavkit._heads import losses_of_heads
+from swavkit._head_losses import losses_of_heads
 from swavkit._own_state import OwnState
-from swavkit._precision import at_least_float32, autocast_disabled
-from swavkit._recomputation import Recomputation, keeping_what_it_saves
 from swavkit._record import ADVICE, record
+from swavkit._tensors import at_least_float32, autocast_disabled
+from swavkit.distributed.agreement import Agreement
+from swavkit.distributed.collectives import device_for, participants, share_of_mean, sum_over_ranks
 from swavkit.feature_queue import FeatureQueue
 from swavkit.prototypes import PrototypeLayer, unit_rows
-from swavkit.sharded_prototypes import ShardedPrototypeLayer, layer_class, losses_of_shards
-from swavkit.sinkhorn import SinkhornKnopp
+from swavkit.sharded.prototypes import ShardedPrototypeLayer, layer_class, losses_of_shards
+from swavkit.sinkhorn.module import SinkhornKnopp
 from swavkit.swapped_prediction import SwappedPredictionLoss
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from swavkit._distributed import ProcessGroup
+    from swavkit.distributed.collectives import ProcessGroup
 
     class _Prototypes(PrototypeLayer, nn.ModuleList):
         """What ``SwAVLoss.prototypes`` is to a type checker: a layer, or a list of layers."""

@@ -103,7 +103,7 @@ def blur(crop: np.ndarray, sigma: float, radius: int) -> np.ndarray:
 
 
 def distorted(crop: np.ndarray, parameters: Sequence[float], radius: int = 10) -> np.ndarray:
-    """Apply a row of parameters, as listed in ``swavkit/_colour.py``, step by step."""
+    """Apply a row of parameters, as listed in ``swavkit/multicrop/color_ops.py``, step by step."""
     blends = (brightness, contrast, saturation)
     kinds, factors, before = parameters[:3], parameters[3:6], parameters[6:9]
     shift, grey_factor, sigma = parameters[9:]

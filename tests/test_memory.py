@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from swavkit._memory import empty
+from swavkit._tensors import empty
 from tests import tolerances
 
 SHAPES = pytest.mark.parametrize("shape", [(3, 5), (2, 1024, 1031)], ids=["small", "large"])

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swavkit import CropGroup, MultiCropTransform, _crops, _precision
+from swavkit import CropGroup, MultiCropTransform, _tensors
+from swavkit.multicrop import box_ops
 from tests.image_oracles import resized_box, seeded
 from tests.modes import RoundedProducts
 
@@ -36,12 +37,12 @@ def boxes_of(number: int, height: int, width: int, seed: int = 1, **settings) ->
     """Return rows of (top, left, height, width, mirrored), half of them of each of two crops."""
     group = CropGroup(8, 2, **{"scale": (0.05, 0.7), **settings})
     uniform = torch.rand(
-        number // 2, 2, _crops.NUMBERS, generator=seeded(seed), dtype=torch.float64
+        number // 2, 2, box_ops.NUMBERS, generator=seeded(seed), dtype=torch.float64
     )
     sizes = torch.tensor([[height, width]]).expand(number // 2, 2)
     limits = (torch.tensor([value] * 2).double() for value in (group.scale, group.ratio))
     flips = torch.tensor([group.flip] * 2).double()
-    return _crops.draw_boxes(uniform, sizes, *limits, flips).flatten(0, 1).numpy()
+    return box_ops.draw_boxes(uniform, sizes, *limits, flips).flatten(0, 1).numpy()
 
 
 def test_area_aspect_place_and_mirror_follow_their_distributions():
@@ -114,12 +115,12 @@ def test_flip_of_probability_0_and_1(flip, expected):
 
 
 def test_each_image_has_boxes_of_its_own_size_and_each_crop_its_own_ranges():
-    uniform = torch.rand(400, 2, _crops.NUMBERS, generator=seeded(), dtype=torch.float64)
+    uniform = torch.rand(400, 2, box_ops.NUMBERS, generator=seeded(), dtype=torch.float64)
     sizes = torch.tensor([[100, 120], [700, 600]]).repeat(200, 1)
     scale = torch.tensor([[0.1, 0.2], [0.3, 0.4]]).double()
     ratio = torch.tensor([[1.0, 1.0], [0.8, 0.9]]).double()
     flip = torch.tensor([0.0, 1.0]).double()
-    boxes = _crops.draw_boxes(uniform, sizes, scale, ratio, flip)
+    boxes = box_ops.draw_boxes(uniform, sizes, scale, ratio, flip)
     areas = boxes[..., 2] * boxes[..., 3] / sizes.prod(1)[:, None]
     low, high = scale.unbind(1)
     assert (areas > low * 0.97).all()
@@ -142,12 +143,12 @@ BOXES = [
 
 def one_by_one(images: torch.Tensor, size: int) -> torch.Tensor:
     return torch.stack(
-        [_crops.cut(image, box, size) for image, box in zip(images, BOXES, strict=True)]
+        [box_ops.cut(image, box, size) for image, box in zip(images, BOXES, strict=True)]
     )
 
 
 def at_once(images: torch.Tensor, size: int) -> torch.Tensor:
-    return _crops.cut_batch(images, torch.tensor(BOXES, device=images.device), size)
+    return box_ops.cut_batch(images, torch.tensor(BOXES, device=images.device), size)
 
 
 @pytest.mark.parametrize("size", [1, 8, 40])
@@ -165,8 +166,8 @@ def test_crops_are_the_antialiased_boxes_of_their_own_images(size, channels, dev
 def test_both_ways_agree_on_large_boxes_in_float32(height, width):
     image = torch.rand(1, 1, height, width, generator=seeded())
     box = [0, 0, height, width, 1]
-    crops = _crops.cut(image[0], box, 96)[None]
-    together = _crops.cut_batch(image, torch.tensor([box]), 96)
+    crops = box_ops.cut(image[0], box, 96)[None]
+    together = box_ops.cut_batch(image, torch.tensor([box]), 96)
     torch.testing.assert_close(together, crops, atol=1e-4, rtol=0)
 
 
@@ -203,7 +204,7 @@ def test_8_bit_resizing_is_right_in_any_order_of_memory(channels, layout):
         for box_height, box_width in itertools.product({1, height}, {1, width}):
             box = [height - box_height, width - box_width, box_height, box_width, 0]
             expected = resized_box(image.numpy().astype(float), box, size)
-            crop = _crops.cut(arranged, box, size)
+            crop = box_ops.cut(arranged, box, size)
             assert crop.dtype == torch.uint8
             np.testing.assert_allclose(crop, expected, atol=1.5)
 
@@ -241,7 +242,7 @@ def test_autocast_does_not_coarsen_the_pixels():
 
 
 def filtering_as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_precision, "_may_be_rounded", lambda factor: factor.dtype == torch.float32)
+    monkeypatch.setattr(_tensors, "_may_be_rounded", lambda factor: factor.dtype == torch.float32)
 
 
 @pytest.mark.parametrize("size", [8, 40])
@@ -306,14 +307,14 @@ def test_cutting_compiles_with_its_gradient(as_on_an_accelerator, monkeypatch):
 def test_a_crop_has_second_derivatives():
     pixels = torch.rand(5, 1, 4, 3, generator=seeded(), dtype=torch.float64).requires_grad_()
     boxes = torch.tensor([[0, 0, 4, 3, 0], [1, 0, 2, 2, 1]] * 2 + [[3, 2, 1, 1, 0]])
-    torch.autograd.gradgradcheck(lambda images: _crops.cut_batch(images, boxes, 2) ** 2, pixels)
+    torch.autograd.gradgradcheck(lambda images: box_ops.cut_batch(images, boxes, 2) ** 2, pixels)
 
 
 def test_the_matrices_hold_what_interpolate_does():
     image = torch.rand(1, 2, 37, 53, generator=seeded(), dtype=torch.float64)
     for size in (5, 37, 60):
         expected = F.interpolate(image, size=(size, size), mode="bilinear", antialias=True)
-        crops = _crops.cut_batch(image, torch.tensor([[0, 0, 37, 53, 0]]), size)
+        crops = box_ops.cut_batch(image, torch.tensor([[0, 0, 37, 53, 0]]), size)
         torch.testing.assert_close(crops, expected, atol=PIXEL, rtol=0)
 
 
@@ -352,21 +353,21 @@ def test_both_ways_cut_the_same(cut):
     image, box, size = cut
     for mirrored in (0, 1):
         box[4] = mirrored
-        together = _crops.cut_batch(image[None], torch.tensor([box]), size)[0]
-        torch.testing.assert_close(_crops.cut(image, box, size), together, atol=PIXEL, rtol=0)
+        together = box_ops.cut_batch(image[None], torch.tensor([box]), size)[0]
+        torch.testing.assert_close(box_ops.cut(image, box, size), together, atol=PIXEL, rtol=0)
 
 
 @given(cuts())
 def test_cutting_is_linear_keeps_constants_and_sees_nothing_outside_the_box(cut):
     image, box, size = cut
     top, left, height, width, _ = box
-    crop = _crops.cut_batch(image[None], torch.tensor([box]), size)
-    affine = _crops.cut_batch(3 * image[None] + 0.25, torch.tensor([box]), size)
+    crop = box_ops.cut_batch(image[None], torch.tensor([box]), size)
+    affine = box_ops.cut_batch(3 * image[None] + 0.25, torch.tensor([box]), size)
     torch.testing.assert_close(affine, 3 * crop + 0.25)
     elsewhere = torch.rand_like(image)
     inside = (slice(None), slice(top, top + height), slice(left, left + width))
     elsewhere[inside] = image[inside]
-    same = _crops.cut_batch(elsewhere[None], torch.tensor([box]), size)
+    same = box_ops.cut_batch(elsewhere[None], torch.tensor([box]), size)
     torch.testing.assert_close(same, crop)
 
 
@@ -374,5 +375,5 @@ def test_cutting_is_linear_keeps_constants_and_sees_nothing_outside_the_box(cut)
 def test_a_mirrored_crop_is_the_crop_mirrored(cut):
     image, box, size = cut
     mirrored = [*box[:4], 1]
-    crops = _crops.cut_batch(image.expand(2, *image.shape), torch.tensor([box, mirrored]), size)
+    crops = box_ops.cut_batch(image.expand(2, *image.shape), torch.tensor([box, mirrored]), size)
     torch.testing.assert_close(crops[1], crops[0].flip(-1))

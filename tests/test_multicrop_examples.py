@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from benchmarks import bench_multicrop, crop_pipelines
-from swavkit import _crops
+from swavkit.multicrop import box_ops
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "docs" / "examples"
 
@@ -64,6 +64,6 @@ def test_the_sheet_of_crops(tmp_path, monkeypatch):
 def test_the_benchmark_refuses_wrong_crops(monkeypatch):
     photograph = crop_pipelines.tensors(crop_pipelines.photographs()[2:3])[0]
     assert bench_multicrop.largest_error(photograph) <= bench_multicrop.TOLERANCE
-    cut = _crops.cut
-    monkeypatch.setattr(_crops, "cut", lambda image, box, size: cut(image, box, size).roll(1, -1))
+    cut = box_ops.cut
+    monkeypatch.setattr(box_ops, "cut", lambda image, box, size: cut(image, box, size).roll(1, -1))
     assert bench_multicrop.largest_error(photograph) > bench_multicrop.TOLERANCE

@@ -15,14 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from swavkit import (
-    CropGroup,
-    MultiCropTransform,
-    PhotometricDistortion,
-    _colour,
-    _crops,
-    photometric,
-)
+from swavkit import CropGroup, MultiCropTransform, PhotometricDistortion
+from swavkit.multicrop import box_ops, color_ops, photometric
 from tests.image_oracles import random_crops, seeded
 from tests.tolerances import ATOL
 
@@ -44,9 +38,9 @@ def changed(crop: torch.Tensor, **columns: float) -> list[torch.Tensor]:
     for column, value in columns.items():
         row[int(column[1:])] = value
     alone = crop.clone()
-    _colour.distort_(alone, row)
+    color_ops.distort_(alone, row)
     numbers = torch.tensor([row], dtype=crop.dtype)
-    return [alone, _colour.distort(crop[None], numbers, colours=True, blur=10)[0]]
+    return [alone, color_ops.distort(crop[None], numbers, colours=True, blur=10)[0]]
 
 
 @each_dtype
@@ -54,9 +48,9 @@ def changed(crop: torch.Tensor, **columns: float) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("kind", "theirs"),
     [
-        (_colour.BRIGHTNESS, functional.adjust_brightness),
-        (_colour.CONTRAST, functional.adjust_contrast),
-        (_colour.SATURATION, functional.adjust_saturation),
+        (color_ops.BRIGHTNESS, functional.adjust_brightness),
+        (color_ops.CONTRAST, functional.adjust_contrast),
+        (color_ops.SATURATION, functional.adjust_saturation),
     ],
 )
 def test_blends(kind, theirs, factor, dtype):
@@ -110,7 +104,7 @@ def test_a_whole_photometric_step_in_its_order():
             theirs = functional.rgb_to_grayscale(theirs, num_output_channels=3)
         if row[11]:
             theirs = functional.gaussian_blur(theirs, [21, 21], [row[11], row[11]])
-        _colour.distort_(crop, row)
+        color_ops.distort_(crop, row)
         torch.testing.assert_close(crop, theirs, atol=5 * ATOL[torch.float32], rtol=0)
 
 
@@ -121,8 +115,8 @@ def test_cutting(mirrored):
     theirs = functional.horizontal_flip(theirs) if mirrored else theirs
     box = [7, 11, 40, 50, mirrored]
     for ours in (
-        _crops.cut(image, box, 24),
-        _crops.cut_batch(image[None], torch.tensor([box]), 24)[0],
+        box_ops.cut(image, box, 24),
+        box_ops.cut_batch(image[None], torch.tensor([box]), 24)[0],
     ):
         torch.testing.assert_close(ours, theirs, atol=ATOL[torch.float32], rtol=0)
 
@@ -131,9 +125,9 @@ def test_8_bit_cutting_is_that_of_pil():
     pixels = torch.randint(0, 256, (3, 60, 80), generator=seeded(), dtype=torch.uint8)
     picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     theirs = functional.pil_to_tensor(functional.resized_crop(picture, 7, 11, 40, 50, [24, 24]))
-    ours = _crops.cut(pixels, [7, 11, 40, 50, 0], 24)
+    ours = box_ops.cut(pixels, [7, 11, 40, 50, 0], 24)
     assert (ours.int() - theirs.int()).abs().max() <= 1
-    exact = _crops.cut(pixels.float(), [7, 11, 40, 50, 0], 24)
+    exact = box_ops.cut(pixels.float(), [7, 11, 40, 50, 0], 24)
     assert (exact - theirs).abs().max() <= 1.5
 
 

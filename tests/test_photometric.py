@@ -9,14 +9,8 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from swavkit import (
-    CropGroup,
-    MultiCropTransform,
-    PhotometricDistortion,
-    _colour,
-    _precision,
-    photometric,
-)
+from swavkit import CropGroup, MultiCropTransform, PhotometricDistortion, _tensors
+from swavkit.multicrop import color_ops, photometric
 from tests import image_oracles
 from tests.image_oracles import other_defaults, random_crops, seeded
 from tests.modes import CountingBackend, RoundedProducts
@@ -38,12 +32,12 @@ ONLY_BLUR = {"jitter_probability": 0, "greyscale_probability": 0, "blur_probabil
 def in_place(crops: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
     results = crops.clone()
     for crop, row in zip(results, parameters.tolist(), strict=True):
-        _colour.distort_(crop, row)
+        color_ops.distort_(crop, row)
     return results
 
 
 def at_once(crops: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-    return _colour.distort(crops, parameters.to(crops), colours=True, blur=10)
+    return color_ops.distort(crops, parameters.to(crops), colours=True, blur=10)
 
 
 each_form = pytest.mark.parametrize("form", [in_place, at_once])
@@ -220,7 +214,7 @@ def test_autocast_does_not_coarsen_the_pixels(requires_grad):
 
 @pytest.mark.parametrize("size", [8, 30])
 def test_tf32_does_not_coarsen_the_blur(size, monkeypatch):
-    monkeypatch.setattr(_precision, "_may_be_rounded", lambda factor: factor.dtype == torch.float32)
+    monkeypatch.setattr(_tensors, "_may_be_rounded", lambda factor: factor.dtype == torch.float32)
     crops = random_crops(3, size=size)
     rows = parameters(3, _11=[0.1, 0.7, 2.0])
     with RoundedProducts() as products:
@@ -278,7 +272,7 @@ def test_what_needs_colours_can_be_skipped(channels, requires_grad):
     rows = photometric.draw(settings, uniform_numbers(60), channels)
     assert (rows[:, 9] == 0).all()
     assert (rows[:, 10] == 1).all()
-    assert (rows[:, 3:6][rows[:, :3] == _colour.SATURATION] == 1).all()
+    assert (rows[:, 3:6][rows[:, :3] == color_ops.SATURATION] == 1).all()
     assert (rows[:, 3:6] != 1).any()
     results = settings(crops.requires_grad_(requires_grad), generator=seeded()).detach()
     for crop, row, result in zip(crops.detach().numpy(), rows.tolist(), results, strict=True):

@@ -24,7 +24,7 @@ from swavkit import (
     sinkhorn_knopp,
     swapped_prediction_loss,
 )
-from swavkit._agreement import Agreement
+from swavkit.distributed.agreement import Agreement
 
 # Inductor and forward-mode differentiation use it themselves.
 pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit.* is deprecated:DeprecationWarning")
@@ -390,7 +390,9 @@ def test_a_change_in_place_before_the_backward_pass_is_noticed(route: str) -> No
 
 def test_a_comparison_waits_until_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("swavkit._agreement.require_same", lambda *_, **__: asked.append(1))
+    monkeypatch.setattr(
+        "swavkit.distributed.agreement.require_same", lambda *_, **__: asked.append(1)
+    )
     capturing = [True]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     agreement, group = Agreement(repeatedly=True), object.__new__(type("Group", (), {}))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swavkit.sharded import sharded_codes, sharded_losses
+from swavkit.sharded.loss import sharded_codes, sharded_losses
 from tests import oracles, tolerances
 from tests.strategies import CodesProblem, LossProblem, codes_problems, loss_problems, reals
 

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from swavkit import SinkhornKnopp, _arithmetic, _plan, sinkhorn_knopp
+from swavkit import SinkhornKnopp, sinkhorn_knopp
+from swavkit.sinkhorn import arithmetic, kernel
 from tests import oracles, tolerances
 from tests.modes import (
     CountingBackend,
@@ -577,12 +578,12 @@ def test_the_scale_of_weights_exhausts_no_range(
 def small_blocks() -> Iterator[None]:
     """Let a block take 4 samples of 5 prototypes, and a product of them 2 parts."""
     with (
-        patch.object(_plan, "_ENTRIES_OF_A_BLOCK", 20),
-        patch.object(_plan, "_SAMPLES_OF_A_BLOCK", 4),
-        patch.object(_plan, "PARTS_OF_A_PRODUCT", 2),
-        patch.object(_arithmetic, "PARTS_OF_A_PRODUCT", 2),
-        patch.object(_arithmetic, "_ENTRIES_OF_A_PART", 4),
-        patch.object(_plan, "_ENTRIES_AT_ONCE", 0),
+        patch.object(kernel, "_ENTRIES_OF_A_BLOCK", 20),
+        patch.object(kernel, "_SAMPLES_OF_A_BLOCK", 4),
+        patch.object(kernel, "PARTS_OF_A_PRODUCT", 2),
+        patch.object(arithmetic, "PARTS_OF_A_PRODUCT", 2),
+        patch.object(arithmetic, "_ENTRIES_OF_A_PART", 4),
+        patch.object(kernel, "_ENTRIES_AT_ONCE", 0),
     ):
         yield
 

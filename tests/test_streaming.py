@@ -17,16 +17,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from swavkit import (
-    PrototypeLayer,
-    SinkhornKnopp,
-    SwappedPredictionLoss,
-    SwAVLoss,
-    _block_scores,
-    _heads,
-    _plan,
-    streaming,
-)
+from swavkit import PrototypeLayer, SinkhornKnopp, SwappedPredictionLoss, SwAVLoss, _head_losses
+from swavkit.fused import loss as fused_loss
+from swavkit.fused import score_blocks
+from swavkit.sinkhorn import kernel
 from tests import oracles, tolerances
 from tests.modes import CountingBackend, LargestTensor, RefuseSynchronisation
 from tests.states import same, snapshot
@@ -39,9 +33,9 @@ DIMENSION, PROTOTYPES = 6, 5
 def blocks_of(rows: int, entries_of_a_part: int = 10**6) -> Iterator[None]:
     """Let a block hold so many rows: of each view's samples the quotient with V, but at least 1."""
     with (
-        patch.object(_block_scores, "_ENTRIES_OF_A_BLOCK", 1),
-        patch.object(_block_scores, "_FEATURES_OF_A_BLOCK", rows),
-        patch.object(_block_scores, "_ENTRIES_OF_A_PART", entries_of_a_part),
+        patch.object(score_blocks, "_ENTRIES_OF_A_BLOCK", 1),
+        patch.object(score_blocks, "_FEATURES_OF_A_BLOCK", rows),
+        patch.object(score_blocks, "_ENTRIES_OF_A_PART", entries_of_a_part),
     ):
         yield
 
@@ -53,7 +47,7 @@ def memory_for_p(criterion: SwAVLoss, samples: int, missing: int = 0) -> Iterato
     queued = criterion.queue.length if criterion.queue else 0
     dtype = torch.promote_types(next(criterion.parameters()).dtype, torch.float32)
     size = criterion.num_code_views * (samples + queued) * prototypes * dtype.itemsize
-    with patch.object(_heads, "_BYTES_OF_FULL_MEMORY", size - missing):
+    with patch.object(_head_losses, "_BYTES_OF_FULL_MEMORY", size - missing):
         yield
 
 
@@ -287,13 +281,13 @@ PRECISIONS = [
 def codes_seen() -> Iterator[list[np.ndarray]]:
     """Give the codes (A, b, K) of each block that the loss is computed of."""
     seen: list[np.ndarray] = []
-    original = streaming.errors_of_samples
+    original = fused_loss.errors_of_samples
 
     def spy(scores: Any, codes: list[Tensor], *others: Any) -> Tensor:
         seen.append(torch.stack(list(codes)).double().numpy())
         return original(scores, codes, *others)
 
-    with patch.object(streaming, "errors_of_samples", spy):
+    with patch.object(fused_loss, "errors_of_samples", spy):
         yield seen
 
 
@@ -386,7 +380,7 @@ def test_the_queue_may_be_longer_than_a_batch_by_any_factor(
         criterion.queue.push(unit(features_of(2, 90, device=device, generator=seeded(device))))
     features = features_of(3, samples, device=device)
     for rows in (256, 12, 1):
-        with patch.object(_block_scores, "_FEATURES_OF_A_BLOCK", rows):
+        with patch.object(score_blocks, "_FEATURES_OF_A_BLOCK", rows):
             assert_close(results(streamed, features), results(full, features))
 
 
@@ -454,14 +448,14 @@ def test_gradients_of_very_many_features_add_up(
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The streamed losses that are computed."""
     seen = []
-    original = _heads.streamed_losses
+    original = _head_losses.streamed_losses
 
     def spy(*inputs: Any, **settings: Any) -> list[Tensor]:
         losses = original(*inputs, **settings)
         seen.extend(losses)
         return losses
 
-    monkeypatch.setattr(_heads, "streamed_losses", spy)
+    monkeypatch.setattr(_head_losses, "streamed_losses", spy)
     return seen
 
 
@@ -476,7 +470,7 @@ def test_auto_streams_where_the_scores_are_larger_than_a_limit(
     rows = 8 * (3 + 2 + 2 * (dtype == torch.float16))
     # All heads together: neither is too large by itself.
     for entries, streams in [(rows * (5 + 7) - 1, 2), (rows * (5 + 7), 0)]:
-        monkeypatch.setattr(_heads, "_BYTES_OF_FULL_MEMORY", entries * bytes_of_one)
+        monkeypatch.setattr(_head_losses, "_BYTES_OF_FULL_MEMORY", entries * bytes_of_one)
         for values in (0.0, 1.0, math.nan):
             calls.clear()
             criterion(torch.full((3, 8, DIMENSION), values, dtype=dtype))
@@ -490,7 +484,7 @@ def test_auto_counts_the_scores_of_the_queue(
     # Scores of 3 views, of the queue, and of 2 code views and the queue put together; their codes.
     entries = (3 * 8 + 2 * 100 + 2 * (8 + 100) + 2 * (8 + 100)) * PROTOTYPES
     for limit, streams in [(entries - 1, True), (entries, False)]:
-        monkeypatch.setattr(_heads, "_BYTES_OF_FULL_MEMORY", 4 * limit)
+        monkeypatch.setattr(_head_losses, "_BYTES_OF_FULL_MEMORY", 4 * limit)
         calls.clear()
         criterion(features_of(dtype=torch.float32))
         assert bool(calls) == streams
@@ -503,13 +497,13 @@ def test_auto_computes_no_score_of_the_codes_again_where_p_fits(
     """Or else in each iteration, and before the first."""
     criterion = SwAVLoss(DIMENSION, [PROTOTYPES])
     made = []
-    original = _block_scores.BlockScores.of
+    original = score_blocks.BlockScores.of
 
     def spy(scores: Any, features: Tensor) -> Tensor:
         made.append(features)
         return original(scores, features)
 
-    monkeypatch.setattr(_block_scores.BlockScores, "of", spy)
+    monkeypatch.setattr(score_blocks.BlockScores, "of", spy)
     # 3 samples' code views are a block, and 2 samples' views.
     with memory_for_p(criterion, samples=8, missing=bytes_missing), blocks_of(6):
         criterion(features_of(dtype=torch.float32))
@@ -574,7 +568,7 @@ def hooked(module: nn.Module) -> nn.Module:
 def test_where_somebody_looks_at_the_parts_auto_is_full_and_streamed_an_error(
     calls: list[Tensor], monkeypatch: pytest.MonkeyPatch, looker: str
 ) -> None:
-    monkeypatch.setattr(_heads, "_BYTES_OF_FULL_MEMORY", 0)
+    monkeypatch.setattr(_head_losses, "_BYTES_OF_FULL_MEMORY", 0)
     criterion = SwAVLoss(DIMENSION, PROTOTYPES, queue_length=10, memory="streamed").double()
     criterion(features_of())
     assert len(calls) == 1
@@ -605,14 +599,14 @@ def test_where_somebody_looks_at_the_parts_auto_is_full_and_streamed_an_error(
 def asked_for(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The bytes of the pieces of memory for blocks."""
     sizes = []
-    original = _block_scores.empty
+    original = score_blocks.empty
 
     def spy(shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
         sizes.append(math.prod(shape) * dtype.itemsize)
         return original(shape, dtype, like)
 
-    monkeypatch.setattr(_block_scores, "empty", spy)
-    monkeypatch.setattr(_plan, "empty", spy)
+    monkeypatch.setattr(score_blocks, "empty", spy)
+    monkeypatch.setattr(kernel, "empty", spy)
     return sizes
 
 
@@ -713,13 +707,13 @@ def test_a_gradient_scaler_finds_the_gradients(
 
 def test_no_gradient_is_formed_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     formed = []
-    original = streaming.errors_of_samples
+    original = fused_loss.errors_of_samples
 
     def spy(*inputs: Any) -> Tensor:
         formed.append(inputs[-1] is not None)
         return original(*inputs)
 
-    monkeypatch.setattr(streaming, "errors_of_samples", spy)
+    monkeypatch.setattr(fused_loss, "errors_of_samples", spy)
     criterion, full = streamed_and_full()
     features = features_of()
     with torch.no_grad():
@@ -743,14 +737,14 @@ def test_a_gradient_that_nobody_wants_is_not_formed(
     monkeypatch: pytest.MonkeyPatch, wanted: str
 ) -> None:
     formed = []
-    original = streaming._loss
+    original = fused_loss._loss
 
     def spy(*inputs: Any) -> Any:
         loss, gradients = original(*inputs)
         formed.extend(gradient.numel() for gradient in gradients)
         return loss, gradients
 
-    monkeypatch.setattr(streaming, "_loss", spy)
+    monkeypatch.setattr(fused_loss, "_loss", spy)
     streamed, full = streamed_and_full()
     features = features_of().requires_grad_(wanted == "features")
     found = []
@@ -853,7 +847,7 @@ def test_a_block_is_of_one_sample_at_least_and_of_a_limited_size() -> None:
         "_FEATURES_OF_A_BLOCK": 10**6,
         "_MOST_ENTRIES_OF_A_BLOCK": 1,
     }
-    with patch.multiple(_block_scores, **patches), LargestTensor(torch.float64) as mode:
+    with patch.multiple(score_blocks, **patches), LargestTensor(torch.float64) as mode:
         found = results(streamed, features)
     assert mode.numel == max(4 * 50, 50 * DIMENSION, features.numel())
     assert_close(found, results(full, features))
@@ -864,8 +858,8 @@ def test_elsewhere_than_on_a_cpu_a_block_is_as_large_as_its_limit(prototypes: in
     views, samples = 8, 4_096
     features = torch.empty(views, samples, DIMENSION, device="meta")
     directions = torch.empty(prototypes, DIMENSION, device="meta")
-    scores = _block_scores.BlockScores(features, directions, None, 2)
-    most = _block_scores._MOST_ENTRIES_OF_A_BLOCK
+    scores = score_blocks.BlockScores(features, directions, None, 2)
+    most = score_blocks._MOST_ENTRIES_OF_A_BLOCK
     of_a_sample = views * prototypes
     for rows, parts in scores.blocks[:-1]:
         assert parts == [rows]

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from swavkit import _agreement
-from swavkit._agreement import Agreement, checksum, require_same
-from swavkit._distributed import participants, sum_over_ranks
+from swavkit.distributed import agreement
+from swavkit.distributed.agreement import Agreement, checksum, require_same
+from swavkit.distributed.collectives import participants, sum_over_ranks
 from tests.modes import Collectives, CountingBackend
 from tests.ranks import Ranks, refusal
 
@@ -121,9 +121,9 @@ def test_a_group_compares_its_own_and_names_ranks_as_the_whole_job_does(ranks: R
 
 
 def test_a_list_of_ranks_or_values_is_cut_where_it_gets_long() -> None:
-    many = _agreement._with_ranks(["3"] * 20 + ["4"], range(21))
+    many = agreement._with_ranks(["3"] * 20 + ["4"], range(21))
     assert many == "3 on ranks 0, 1, 2, 3, 4, 5, 6, 7 and 12 more and 4 on rank 20"
-    many = _agreement._with_ranks([f"{rank}" for rank in range(12)], range(12))
+    many = agreement._with_ranks([f"{rank}" for rank in range(12)], range(12))
     assert many.endswith("7 on rank 7 and 4 more values")
 
 
@@ -235,7 +235,7 @@ def compiled_calls(rank: int, eager_first: bool) -> tuple[int, list[int], list[l
     compared, results = [], []
     targets = [module] * eager_first + [compiled, compiled, module, compiled, module, compiled]
     for target in targets:
-        with mock.patch.object(_agreement, "require_same", wraps=require_same) as comparison:
+        with mock.patch.object(agreement, "require_same", wraps=require_same) as comparison:
             results.append(target(values).tolist())
         compared.append(comparison.call_count)
     return backend.graphs, compared, results

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from swavkit._distributed import (
+from swavkit.distributed.collectives import (
     device_for,
     gather_over_ranks,
     in_one_collective,

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from swavkit import SinkhornKnopp, SwAVLoss, marginal_error, sinkhorn_knopp
-from swavkit._agreement import require_same
+from swavkit.distributed.agreement import require_same
 from tests import oracles
 from tests.ranks import RankError, Ranks
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from swavkit import SwAVLoss, _block_scores
+from swavkit import SwAVLoss
+from swavkit.fused import score_blocks
 from tests.modes import Collectives
 from tests.ranks import Ranks
 
@@ -50,7 +51,7 @@ def train(rank: int, work: Work) -> dict[str, Any]:
     criterion.sinkhorn.tolerance = work.tolerance
     losses, to_features, to_weights = [], [], []
     small = {"_ENTRIES_OF_A_BLOCK": 1, "_FEATURES_OF_A_BLOCK": work.rows}
-    with Collectives() as sent, patch.multiple(_block_scores, **small):
+    with Collectives() as sent, patch.multiple(score_blocks, **small):
         for step, features in enumerate(torch.tensor(work.features)):
             features.requires_grad_()
             weight = None if work.weight is None else torch.tensor(work.weight[step])

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from swavkit import _checks
-from swavkit._distributed import gather_over_ranks, participants, sum_over_ranks
-from swavkit._plan import Masses
-from swavkit._precision import at_least_float32, autocast_disabled
+from swavkit._tensors import at_least_float32, autocast_disabled
+from swavkit.distributed.collectives import gather_over_ranks, participants, sum_over_ranks
+from swavkit.sinkhorn.kernel import Masses
 
 if TYPE_CHECKING:
-    from swavkit._distributed import ProcessGroup
+    from swavkit.distributed.collectives import ProcessGroup
 
 __all__ = ["marginal_error", "power_law_prior"]
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from swavkit._device import on_cpu
+from swavkit._tensors import on_cpu
 
 # Scores are multiplied by this before anything else, so that no difference of a few overflows, and
 # divided by ε last: what overflows then is too far below the largest exponent of its row to count.

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from swavkit import _checks
+from swavkit._checks import is_plainly
 from swavkit._details import SwAVDetails
-from swavkit._distributed import sum_over_ranks
-from swavkit._hooks import is_plainly
-from swavkit._precision import at_least_float32, autocast_disabled, product_dtype
+from swavkit._tensors import at_least_float32, autocast_disabled, product_dtype
+from swavkit.distributed.collectives import sum_over_ranks
+from swavkit.fused.loss import streamed_losses
 from swavkit.prototypes import PrototypeLayer, product, unit_rows
-from swavkit.sinkhorn import SinkhornKnopp
-from swavkit.streaming import streamed_losses
+from swavkit.sinkhorn.module import SinkhornKnopp
 from swavkit.swapped_prediction import SwappedPredictionLoss, loss_of_factors
 
 # Unless told otherwise, this much memory may be spent so as not to compute scores again: those of

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from swavkit import _checks, _colour
-from swavkit._device import on_device, one_by_one
-from swavkit._precision import at_least_float32
+from swavkit import _checks
+from swavkit._tensors import at_least_float32, on_device, one_by_one
+from swavkit.multicrop import color_ops
 
 __all__ = ["PhotometricDistortion"]
 
@@ -97,7 +97,7 @@ class PhotometricDistortion:
         if one_by_one(batch):
             distorted = batch.clone(memory_format=torch.contiguous_format)
             for crop, numbers in zip(distorted, parameters.tolist(), strict=True):
-                _colour.distort_(crop, numbers)
+                color_ops.distort_(crop, numbers)
         else:
             distorted = distort(self, batch, on_device(parameters, batch.dtype, batch.device))
         return distorted.to(crops.dtype).view(crops.shape)
@@ -152,5 +152,5 @@ def draw(settings: PhotometricDistortion, uniform: Tensor, channels: int) -> Ten
 
 def distort(settings: PhotometricDistortion, crops: Tensor, parameters: Tensor) -> Tensor:
     """Apply the step to crops (B, C, H, W), float32 or float64, of any device."""
-    reach = _colour.blur_radius(settings.blur_sigma[1]) if settings.blur_probability else 0
-    return _colour.distort(crops, parameters, colours=changes_colours(settings), blur=reach)
+    reach = color_ops.blur_radius(settings.blur_sigma[1]) if settings.blur_probability else 0
+    return color_ops.distort(crops, parameters, colours=changes_colours(settings), blur=reach)

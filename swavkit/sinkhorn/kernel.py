@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swavkit._arithmetic import (
+from swavkit._tensors import at_least_float32, empty, on_cpu, scaled_sum, traceable
+from swavkit.sinkhorn.arithmetic import (
     PARTS_OF_A_PRODUCT,
     exponentials,
     flaws_of,
@@ -22,9 +23,6 @@ from swavkit._arithmetic import (
     products,
     scale_and_rate,
 )
-from swavkit._device import on_cpu, scaled_sum, traceable
-from swavkit._memory import empty
-from swavkit._precision import at_least_float32
 
 # The ranges of u and v can grow with each scaling, by up to B·K if all masses are equal. For so
 # many scalings they stay inside that of float32 at any B·K that fits in memory; then P is computed

@@ -21,24 +21,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from swavkit import _checks
-from swavkit._agreement import Agreement
-from swavkit._distributed import GroupHandle, participants
-from swavkit._iterations import find_u
-from swavkit._memory import empty
-from swavkit._plan import Masses, Plan, codes_at_once, fits_at_once, parts_of
-from swavkit._precision import at_least_float32, autocast_disabled
-from swavkit.marginals import masses, refuse_bad_values
+from swavkit._tensors import at_least_float32, autocast_disabled, empty
+from swavkit.distributed.collectives import participants
+from swavkit.sinkhorn.iterations import find_u
+from swavkit.sinkhorn.kernel import Masses, Plan, codes_at_once, fits_at_once, parts_of
+from swavkit.sinkhorn.marginals import masses, refuse_bad_values
 
 if TYPE_CHECKING:
-    from swavkit._distributed import ProcessGroup
+    from swavkit.distributed.collectives import ProcessGroup
 
-__all__ = ["SinkhornKnopp", "sinkhorn_knopp"]
+__all__ = ["sinkhorn_knopp"]
 
 
 def sinkhorn_knopp(
@@ -118,16 +116,16 @@ def sinkhorn_knopp(
         "Scaling Algorithms for Unbalanced Optimal Transport Problems", 2018.
     """
     _checks.boolean("synchronize", synchronize)
-    settings = _checked(epsilon, iterations, relaxation, tolerance, hard, validate)
+    settings = checked_settings(epsilon, iterations, relaxation, tolerance, hard, validate)
     group = participants(process_group, synchronize)
-    return _codes([scores], sample_weight, prototype_weight, settings, group)[0]
+    return solve([scores], sample_weight, prototype_weight, settings, group)[0]
 
 
-def _codes(
+def solve(
     several: Sequence[Tensor],
     sample_weight: Tensor | None,
     prototype_weight: Tensor | None,
-    settings: _Settings,
+    settings: Settings,
     group: ProcessGroup | None,
     rider: Tensor | None = None,
 ) -> list[Tensor]:
@@ -188,138 +186,7 @@ def _codes(
         return codes
 
 
-class SinkhornKnopp(nn.Module):
-    """Module form of :func:`sinkhorn_knopp`: it holds the settings.
-
-    In ``eval()`` it does not talk to other processes, so that one process can validate alone. In a
-    job with several, the first training call compares the settings and the shape of the problem
-    over the group, and raises the same error everywhere if they differ.
-
-    Args:
-        epsilon: The entropy temperature ε > 0, in the unit of the scores.
-        iterations: How many iterations, at least 1; with ``tolerance``, at most so many.
-        process_group: The processes that share the batch; the default group if ``None``. A deep
-            copy of the module shares the group; pickling drops it, and the loaded module must be
-            given a new one (``module.process_group = ...``) before its next use.
-        synchronize: Whether to share the batch with other processes in training mode; ``"always"``
-            for ``eval()`` too, where then all processes must make the call.
-        relaxation: How strictly equal use is asked for, ρ > 0; infinite is strict.
-        tolerance: Stop as soon as the marginal error is at most this; reads a value on the host.
-        hard: Whether to round each code to the prototype of its largest entry.
-        validate: Whether to refuse bad values of scores and weights; reads values on the host.
-
-    Shape:
-        scores (..., B, K), ``sample_weight`` (..., B) or (B,), ``prototype_weight`` (K,) give codes
-        (..., B, K) in the dtype of the scores.
-
-    Raises:
-        TypeError: If a setting is of the wrong type.
-        ValueError: If a setting is out of range, or differs from that of another process.
-
-    Example:
-        >>> sinkhorn = SinkhornKnopp(epsilon=0.05, iterations=3)
-        >>> sinkhorn(torch.eye(3))
-        tensor([[1.0000e+00, 2.0612e-09, 2.0612e-09],
-                [2.0612e-09, 1.0000e+00, 2.0612e-09],
-                [2.0612e-09, 2.0612e-09, 1.0000e+00]])
-    """
-
-    __prepare_scriptable__ = _checks.refuse_scripting
-
-    def __init__(
-        self,
-        epsilon: float = 0.05,
-        iterations: int = 3,
-        *,
-        process_group: ProcessGroup | None = None,
-        synchronize: bool | Literal["always"] = True,
-        relaxation: float = math.inf,
-        tolerance: float | None = None,
-        hard: bool = False,
-        validate: bool = False,
-    ) -> None:
-        super().__init__()
-        settings = _checked(epsilon, iterations, relaxation, tolerance, hard, validate)
-        self.epsilon, self.iterations, self.relaxation, self.tolerance, *_ = settings
-        self.hard = hard
-        self.validate = validate
-        _checks.choice("synchronize", synchronize, (True, False, "always"))
-        self.synchronize = synchronize
-        self._group = GroupHandle(process_group)
-        self._agreement = Agreement()
-
-    @property
-    def process_group(self) -> ProcessGroup | None:
-        """The processes that share the batch; the default group if ``None``."""
-        return self._group.get()
-
-    @process_group.setter
-    def process_group(self, group: ProcessGroup | None) -> None:
-        self._group = GroupHandle(group)
-
-    def forward(
-        self,
-        scores: Tensor,
-        sample_weight: Tensor | None = None,
-        prototype_weight: Tensor | None = None,
-    ) -> Tensor:
-        """Return the codes of ``scores``; see :func:`sinkhorn_knopp`."""
-        return self._in_step([scores], sample_weight, prototype_weight)[0]
-
-    if TYPE_CHECKING:
-        __call__ = forward  # nn.Module's returns anything
-
-    def _in_step(
-        self,
-        several: Sequence[Tensor],
-        sample_weight: Tensor | None,
-        prototype_weight: Tensor | None = None,
-        rider: Tensor | None = None,
-    ) -> list[Tensor]:
-        """Return the codes of each of several scores, with no more collectives than of one.
-
-        ``rider`` is summed over the processes along with them, in place.
-        """
-        settings, group = self._settings(), self._participants()
-        for scores in several:
-            _checks.of_samples_and_prototypes("scores", scores)
-        prototypes = sum(scores.shape[-1] for scores in several)
-        shape = math.prod(several[0].shape[:-2]), prototypes
-        dtype, device = several[0].dtype, several[0].device
-        self._compare(shape, dtype, device, prototype_weight is not None)
-        return _codes(several, sample_weight, prototype_weight, settings, group, rider)
-
-    def _compare(
-        self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, prior: bool = False
-    ) -> None:
-        """Compare ``shape``, the numbers of problems and prototypes, and the settings, if due."""
-        record = {
-            "num_prototypes": shape[1],
-            "the number of problems": shape[0],
-            "the dtype of scores": dtype,
-            "whether prototype_weight is given": prior,
-            **self._settings()._asdict(),
-        }
-        self._agreement.require(lambda: record, self._participants(), device)
-
-    def _participants(self) -> ProcessGroup | None:
-        """Return the processes that share the batch of a call now, or ``None``."""
-        now = self.synchronize == "always" or (self.synchronize and self.training)
-        return participants(self.process_group, now)
-
-    def _settings(self) -> _Settings:
-        return _checked(*(getattr(self, name) for name in _Settings._fields))
-
-    def extra_repr(self) -> str:
-        """Return the settings for ``repr``; the rarer ones where they differ from the default."""
-        shown = ["epsilon", "iterations", "synchronize"]
-        shown += ["relaxation"] * (self.relaxation != math.inf)
-        shown += ["tolerance"] * (self.tolerance is not None)
-        shown += ["hard"] * self.hard + ["validate"] * self.validate
-        return ", ".join(f"{name}={getattr(self, name)}" for name in shown)
-
-
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
     epsilon: float
     iterations: int
     relaxation: float
@@ -328,7 +195,7 @@ class _Settings(NamedTuple):
     validate: bool
 
 
-def _checked(*settings: Any) -> _Settings:
+def checked_settings(*settings: Any) -> Settings:
     """Refuse bad settings, which come in the order of the fields."""
     epsilon, iterations, relaxation, tolerance, hard, validate = settings
     epsilon = _checks.positive_float("epsilon", epsilon)
@@ -343,7 +210,7 @@ def _checked(*settings: Any) -> _Settings:
             )
     _checks.boolean("hard", hard)
     _checks.boolean("validate", validate)
-    return _Settings(epsilon, iterations, relaxation, tolerance, hard, validate)
+    return Settings(epsilon, iterations, relaxation, tolerance, hard, validate)
 
 
 def one_hot(codes: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swavkit._precision import filtered
+from swavkit.multicrop.separable import filtered
 
 PARAMETERS = 12
 BRIGHTNESS, CONTRAST, SATURATION = range(3)

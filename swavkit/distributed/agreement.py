@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from swavkit._device import capturing
-from swavkit._distributed import global_ranks, rank_and_size, sum_over_ranks
+from swavkit._tensors import capturing
+from swavkit.distributed.collectives import global_ranks, rank_and_size, sum_over_ranks
 
 if TYPE_CHECKING:
-    from swavkit._distributed import ProcessGroup
+    from swavkit.distributed.collectives import ProcessGroup
 
 _RECORD = 32  # numbers in a record of settings, the first of them for their names
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -32,17 +32,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from swavkit._block_scores import BlockScores, find_memory
-from swavkit._device import traceable
-from swavkit._iterations import find_u
-from swavkit._known_gradients import LossWithGradients
-from swavkit._plan import Plan
-from swavkit._precision import autocast_disabled, product_dtype
-from swavkit.sinkhorn import one_hot
+from swavkit._autograd import LossWithGradients
+from swavkit._tensors import autocast_disabled, product_dtype, traceable
+from swavkit.fused.score_blocks import BlockScores, find_memory
+from swavkit.sinkhorn.functional import one_hot
+from swavkit.sinkhorn.iterations import find_u
+from swavkit.sinkhorn.kernel import Plan
 from swavkit.swapped_prediction import errors_of_samples, shares
 
 if TYPE_CHECKING:
-    from swavkit._distributed import ProcessGroup
+    from swavkit.distributed.collectives import ProcessGroup
 
 
 def streamed_losses(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from swavkit import _checks
-from swavkit._precision import autocast_disabled
+from swavkit._tensors import autocast_disabled
 
 __all__ = ["multi_crop_forward"]
 

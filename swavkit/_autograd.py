@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swavkit._precision import autocast_disabled
+from swavkit._tensors import autocast_disabled
 
 
 class LossOfScores(torch.autograd.Function):

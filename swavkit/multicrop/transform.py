@@ -14,11 +14,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from swavkit import _checks, _colour, _crops, _images, photometric
-from swavkit._device import on_cpu, on_device
-from swavkit._images import Images, PILImage
-from swavkit.crop_group import CropGroup, checked_groups
-from swavkit.photometric import PhotometricDistortion
+from swavkit import _checks
+from swavkit._tensors import on_cpu, on_device
+from swavkit.multicrop import box_ops, color_ops, image_input, photometric
+from swavkit.multicrop.crop_group import CropGroup, checked_groups
+from swavkit.multicrop.image_input import Images, PILImage
+from swavkit.multicrop.photometric import PhotometricDistortion
 
 __all__ = ["MultiCropTransform"]
 
@@ -169,7 +170,7 @@ class MultiCropTransform:
         """
         _checks.choice("return_boxes", return_boxes, (False, True))
         generator = _source(generator, seed)
-        images = _images.load(image, self._channels)
+        images = image_input.load(image, self._channels)
         self._check_pixels(images)
         parameters = self._draw(images, generator)
         rounding = self.eight_bit and images.first.dtype == torch.uint8
@@ -183,7 +184,7 @@ class MultiCropTransform:
             crops, parameters = [crop[0] for crop in crops], parameters[0]
         if not return_boxes:
             return crops
-        top, left, height, width, mirrored = parameters[..., : _crops.BOX].unbind(-1)
+        top, left, height, width, mirrored = parameters[..., : box_ops.BOX].unbind(-1)
         boxes = torch.stack([left, top, left + width, top + height], dim=-1).long()
         # Copies: a view would keep, and save, those of all crops.
         flips = (mirrored > 0).unbind(-1)
@@ -199,12 +200,12 @@ class MultiCropTransform:
 
     def _draw(self, images: Images, generator: torch.Generator | None) -> Tensor:
         """Return the parameters (B, V, ...) of all crops on the CPU: boxes, photometric steps."""
-        numbers = _crops.NUMBERS + photometric.NUMBERS
+        numbers = box_ops.NUMBERS + photometric.NUMBERS
         uniform = photometric.random_numbers(
             len(images.samples), len(self._each_crop), numbers, generator=generator
         )
-        of_boxes, of_steps = uniform[..., : _crops.NUMBERS], uniform[..., _crops.NUMBERS :]
-        boxes = _crops.draw_boxes(of_boxes, images.sizes(), *self._limits)
+        of_boxes, of_steps = uniform[..., : box_ops.NUMBERS], uniform[..., box_ops.NUMBERS :]
+        boxes = box_ops.draw_boxes(of_boxes, images.sizes(), *self._limits)
         steps = []
         for step, rows in zip(self._steps, torch.split(of_steps, self._widths, dim=1), strict=True):
             if isinstance(step, PhotometricDistortion):
@@ -232,12 +233,12 @@ class MultiCropTransform:
                 image = image.contiguous().to(images.working_dtype)
             for crops, (_, group), numbers in zip(results, self._each_crop, rows, strict=True):
                 crop = crops[sample]
-                cut = _crops.cut(image, numbers[: _crops.BOX], group.size)
+                cut = box_ops.cut(image, numbers[: box_ops.BOX], group.size)
                 if group.photometric is None:
                     torch.sub(cut, scaled_mean, out=crop).mul_(scaled_scale)
                 elif isinstance(group.photometric, PhotometricDistortion):
                     cut = torch.mul(cut, unit, out=_contiguous(crop))
-                    _colour.distort_(cut, numbers[_crops.BOX :])
+                    color_ops.distort_(cut, numbers[box_ops.BOX :])
                     torch.sub(cut, mean, out=crop).mul_(scale)
                 else:
                     torch.mul(cut, unit, out=crop)
@@ -254,8 +255,8 @@ class MultiCropTransform:
         results = []
         for position, (index, group) in enumerate(self._each_crop):
             numbers = parameters[:, position]
-            box, step = numbers[:, : _crops.BOX], numbers[:, _crops.BOX :]
-            crops = _crops.cut_batch(batch, box, group.size)
+            box, step = numbers[:, : box_ops.BOX], numbers[:, box_ops.BOX :]
+            crops = box_ops.cut_batch(batch, box, group.size)
             if isinstance(group.photometric, PhotometricDistortion):
                 crops = photometric.distort(group.photometric, crops, step)
             elif group.photometric is not None:

@@ -12,11 +12,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from swavkit._device import on_cpu
-from swavkit._memory import empty
-from swavkit._plan import Part, Plan
-from swavkit._precision import at_least_float32
-from swavkit.marginals import masses
+from swavkit._tensors import at_least_float32, empty, on_cpu
+from swavkit.sinkhorn.kernel import Part, Plan
+from swavkit.sinkhorn.marginals import masses
 
 # On a CPU a block is to have so many scores. With few features its products would take as long as
 # reading the prototypes does; so it has more scores, up to a limit, where that gives it so many

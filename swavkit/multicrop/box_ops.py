@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swavkit._precision import filtered
+from swavkit.multicrop.separable import filtered
 
 _TRIES = 10  # boxes that may miss the image before the largest central one is taken
 NUMBERS = 2 * _TRIES + 3  # random numbers of a box

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swavkit._device import one_by_one
-from swavkit._precision import at_least_float32, autocast_disabled
+from swavkit._tensors import at_least_float32, autocast_disabled, one_by_one
 
 _MANY, _SMALL = 16, 48**2  # images, pixels of each: from where on a CPU is faster with batches
 _SLACK = 1e-3  # beyond [0, 1], for the rounding of bfloat16 pixels
@@ -57,6 +56,7 @@ class Images:
 
     @property
     def channels(self) -> int:
+        """The number of channels C."""
         return self.first.shape[-3]
 
     @property

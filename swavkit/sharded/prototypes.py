@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable loads the compiler at once
 
 from swavkit import _checks
+from swavkit._checks import is_plainly
 from swavkit._details import SwAVDetails
-from swavkit._distributed import (
+from swavkit._tensors import at_least_float32
+from swavkit.distributed.collectives import (
     GroupHandle,
     gather_over_ranks,
     is_sharded,
@@ -24,10 +26,8 @@ from swavkit._distributed import (
     rows_of,
     sharded,
 )
-from swavkit._hooks import is_plainly
-from swavkit._precision import at_least_float32
 from swavkit.prototypes import PrototypeLayer, product
-from swavkit.sharded import (
+from swavkit.sharded.loss import (
     Batch,
     gathered,
     largest_of_rows,
@@ -36,11 +36,11 @@ from swavkit.sharded import (
     sharded_losses,
     whole_batch,
 )
-from swavkit.sinkhorn import SinkhornKnopp
+from swavkit.sinkhorn.module import SinkhornKnopp
 from swavkit.swapped_prediction import SwappedPredictionLoss, shares
 
 if TYPE_CHECKING:
-    from swavkit._distributed import ProcessGroup
+    from swavkit.distributed.collectives import ProcessGroup
 
 
 class ShardedPrototypeLayer(PrototypeLayer):

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from swavkit._device import traceable
-from swavkit._distributed import (
+from swavkit._tensors import traceable
+from swavkit.distributed.collectives import (
     gather_over_ranks,
     in_one_collective,
     max_over_ranks,
     sum_over_ranks,
 )
-from swavkit._plan import Plan
+from swavkit.sinkhorn.kernel import Plan
 
 if TYPE_CHECKING:
-    from swavkit._distributed import ProcessGroup
+    from swavkit.distributed.collectives import ProcessGroup
 
 
 def find_u(

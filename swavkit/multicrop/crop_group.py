@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from swavkit import _checks
-from swavkit.photometric import PhotometricDistortion
+from swavkit.multicrop.photometric import PhotometricDistortion
 
 __all__ = ["CropGroup"]
 

@@ -27,14 +27,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from swavkit._arithmetic import flaws_of, over_prototypes, over_samples
-from swavkit._distributed import gather_over_ranks, max_over_ranks, rank_and_size, sum_over_ranks
-from swavkit._known_gradients import LossOfFactors
-from swavkit._plan import SCALINGS_OF_ONE_P
-from swavkit._precision import at_least_float32, autocast_disabled
+from swavkit._autograd import LossOfFactors
+from swavkit._tensors import at_least_float32, autocast_disabled
+from swavkit.distributed.collectives import (
+    gather_over_ranks,
+    max_over_ranks,
+    rank_and_size,
+    sum_over_ranks,
+)
+from swavkit.sinkhorn.arithmetic import flaws_of, over_prototypes, over_samples
+from swavkit.sinkhorn.kernel import SCALINGS_OF_ONE_P
 
 if TYPE_CHECKING:
-    from swavkit._distributed import ProcessGroup
+    from swavkit.distributed.collectives import ProcessGroup
 
 
 class Batch(NamedTuple):

@@ -1,0 +1,1 @@
+"""The loss block by block, fused with the product that gives the scores."""

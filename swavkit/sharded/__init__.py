@@ -1,0 +1,1 @@
+"""Codes and loss where each rank holds a part of the prototypes."""
