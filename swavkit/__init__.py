@@ -3,6 +3,7 @@
 :class:`SwAVLoss` is the whole loss; the parts it is made of work alone.
 """
 
+from swavkit._head_losses import SwAVDetails
 from swavkit.checkpoints import load_sharded_state_dict, sharded_state_dict
 from swavkit.feature_queue import FeatureQueue
 from swavkit.multicrop.crop_group import CropGroup
@@ -13,7 +14,7 @@ from swavkit.prototypes import PrototypeLayer
 from swavkit.sinkhorn import SinkhornKnopp, sinkhorn_knopp
 from swavkit.sinkhorn.marginals import marginal_error, power_law_prior
 from swavkit.swapped_prediction import SwappedPredictionLoss, swapped_prediction_loss
-from swavkit.swav import SwAVDetails, SwAVLoss
+from swavkit.swav import SwAVLoss
 
 __all__ = [
     "CropGroup",

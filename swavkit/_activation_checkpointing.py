@@ -1,8 +1,8 @@
-"""Activation checkpointing: a forward that is repeated in the backward pass changes no state.
+"""Support for activation checkpointing: a recomputed forward changes no state.
 
-``torch.utils.checkpoint`` drops what a forward saves and repeats the forward when the backward pass
-wants it. A repetition finds the state as the first run has left it, and so other values. A module
-with state keeps what it saves instead: then nothing that a repetition computes is used.
+``torch.utils.checkpoint`` discards the saved tensors of a forward and recomputes them in the
+backward pass. A recomputation would start from the state after the first run and give different
+values. A stateful module therefore keeps its saved tensors, so recomputed values are never used.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Recomputation:
-    """Finds repetitions of a module's forward, and refuses those whose results would be used."""
+    """Detects recomputed forwards of a module and rejects them if their results would be used."""
 
     def __init__(self) -> None:
         self._first_had_graph = True
 
     def detected(self, queue: object, freeze_steps: int, details: bool) -> bool:
-        """Tell whether the present forward is a repetition; never under torch.compile.
+        """Return whether the current forward is a recomputation; never under torch.compile.
 
         Args:
-            queue: The queue on which codes and loss depend, if there is one.
-            freeze_steps: For how many steps the gradient depends on their number.
-            details: Whether codes are asked for.
+            queue: The feature queue, or ``None``. Codes and loss depend on it.
+            freeze_steps: The number of steps with frozen prototypes. If it is not 0, the gradient
+                depends on the step count.
+            details: Whether codes are requested.
 
         Raises:
-            RuntimeError: If what this forward computes from a state that may have moved on is used.
+            RuntimeError: If results that depend on state since changed would be used.
         """
-        if torch.compiler.is_compiling():  # a compiled step repeats operations, not calls
+        if torch.compiler.is_compiling():  # a compiled step recomputes operations, not calls
             return False
-        if not _is_repetition():
+        if not _is_recomputation():
             self._first_had_graph = torch.is_grad_enabled()
             return False
         state = "a queue" if queue is not None else "freeze_steps" if freeze_steps else None
@@ -56,43 +57,43 @@ class Recomputation:
 
 
 def keeping_what_it_saves(method: Method) -> Method:
-    """Let autograd keep what it saves in a method, whatever a checkpoint around it wants."""
+    """Decorate a method so that autograd keeps its saved tensors inside a checkpoint."""
 
     @wraps(method)
     def keeping(*args: Any, **kwargs: Any) -> Any:
-        # A transform of torch.func takes no hooks; the method refuses it in words of its own.
+        # torch.func transforms do not support hooks; the method raises its own error for them.
         in_transform = torch._C._functorch.maybe_current_level() is not None
         if torch.compiler.is_compiling() or in_transform:
             return method(*args, **kwargs)
-        with torch.autograd.graph.saved_tensors_hooks(_with_version, _unchanged):
+        with torch.autograd.graph.saved_tensors_hooks(_pack_with_version, _unpack_unchanged):
             return method(*args, **kwargs)
 
     return keeping  # type: ignore[return-value]
 
 
-def _is_repetition() -> bool:
-    """Tell whether a checkpoint repeats the present forward, in a backward pass.
+def _is_recomputation() -> bool:
+    """Return whether a checkpoint recomputes the current forward in a backward pass.
 
-    A hook of a backward pass may call a forward of its own. A checkpoint is on the stack, which is
-    looked at in a backward pass only.
+    A hook may also run a forward in a backward pass, so a checkpoint is searched on the call stack.
     """
     if torch._C._current_graph_task_id() == -1:  # no backward pass is running
         return False
     frame = inspect.currentframe()
     while frame is not None:
-        if "checkpoint" in frame.f_globals.get("__name__", ""):  # torch's, or that of a library
+        name = frame.f_globals.get("__name__", "")
+        if "checkpoint" in name and not name.startswith("swavkit."):  # of torch or another library
             return True
         frame = frame.f_back
     return False
 
 
-def _with_version(saved: Tensor) -> tuple[Tensor, int]:
+def _pack_with_version(saved: Tensor) -> tuple[Tensor, int]:
     return saved.detach(), saved._version
 
 
-def _unchanged(kept: tuple[Tensor, int]) -> Tensor:
-    """Return what was saved; hooks of ours switch off this check of autograd's own."""
-    saved, version = kept
+def _unpack_unchanged(packed: tuple[Tensor, int]) -> Tensor:
+    """Return the saved tensor, with the version check that autograd omits under hooks."""
+    saved, version = packed
     if saved._version != version:
         raise RuntimeError(
             f"a {tuple(saved.shape)} tensor that SwAVLoss needs for the gradient was changed in "

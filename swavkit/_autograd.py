@@ -1,109 +1,101 @@
-"""Losses that are known together with their gradients, so that backward passes only scale.
-
-What they are known from stands where it is computed: ``swapped_prediction.py``, ``streaming.py``.
-"""
+"""Gradients that are computed in the forward pass, and a product with an exact gradient."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from swavkit._tensors import autocast_disabled
+from swavkit._tensors import autocast_disabled, product_dtype
 
 
-class LossOfScores(torch.autograd.Function):
-    """The loss of scores: they get residual · factor."""
+def attach_gradients(
+    loss: Tensor, factor: Tensor, gradients: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> Tensor:
+    """Return ``loss`` as a function of ``inputs``, each with its gradient times ``factor``.
+
+    Args:
+        loss: A constant, a scalar or one that broadcasts with ``factor``.
+        factor: A constant in float32 or better. It is applied in the backward pass, so that
+            gradients in half precision are stored without it, at the order of 1.
+        gradients: The gradient of each input, up to ``factor``; it broadcasts with ``factor``. That
+            of an input that needs none may be empty.
+        inputs: The differentiable inputs. Their gradients come back in their own dtype.
+    """
+    attached: Tensor = _KnownGradients.apply(  # type: ignore[no-untyped-call]
+        loss, factor, *gradients, *inputs
+    )
+    return attached
+
+
+def linear(features: Tensor, weight: Tensor) -> Tensor:
+    """Return ``torch.nn.functional.linear(features, weight)`` in the same precision.
+
+    Its backward pass keeps that precision. Inside autocast, torch's own computes a float32 gradient
+    in half precision.
+    """
+    if torch.compiler.is_compiling():
+        return F.linear(features, weight)
+    dtype = product_dtype(features)
+    scores: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+        features.to(dtype), weight.to(dtype)
+    )
+    return scores
+
+
+class _Linear(torch.autograd.Function):
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(loss: Tensor, factor: Tensor, *residuals_and_scores: Tensor) -> Tensor:
+    def forward(features: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(features, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        features, weight = ctx.saved_tensors
+        to_features = to_weight = None
+        with autocast_disabled(gradient.device):
+            if ctx.needs_input_grad[0]:
+                to_features = gradient @ weight
+            if ctx.needs_input_grad[1]:
+                rows = gradient.reshape(-1, gradient.shape[-1])
+                to_weight = rows.mT @ features.reshape(-1, features.shape[-1])
+        return to_features, to_weight
+
+
+class _KnownGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(loss: Tensor, factor: Tensor, *gradients_and_inputs: Tensor) -> Tensor:
         return loss.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         _, factor, *others = inputs
-        ctx.save_for_backward(factor, *others[: len(others) // 2])
+        gradients, differentiable = others[: len(others) // 2], others[len(others) // 2 :]
+        ctx.save_for_backward(factor, *gradients)
+        ctx.dtypes = [values.dtype for values in differentiable]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative()
-        factor, *residuals = ctx.saved_tensors
-        factor = factor * gradient
-        wanted = ctx.needs_input_grad[-len(residuals) :]
-        # In the dtype of factor, but for what is written.
-        gradients = [
-            torch.mul(residual, factor, out=torch.empty_like(residual)) if wants else None
-            for residual, wants in zip(residuals, wanted, strict=True)
-        ]
-        return (None, None, *[None] * len(residuals), *gradients)
-
-
-class LossOfFactors(torch.autograd.Function):
-    """The loss of scores that are a product: each factor gets residual · factor times the other."""
-
-    @staticmethod
-    def forward(
-        loss: Tensor, factor: Tensor, residual: Tensor, features: Tensor, directions: Tensor
-    ) -> Tensor:
-        return loss.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative()
-        factor, residual, features, directions = ctx.saved_tensors
-        factor = factor * gradient
-        to_features = to_directions = None
-        with autocast_disabled(residual.device):
-            if ctx.needs_input_grad[3]:
-                products = residual @ directions.to(residual.dtype)  # (V, B, D)
-                to_features = (products * factor).to(features.dtype)
-            if ctx.needs_input_grad[4]:
-                scaled = (features * factor).to(residual.dtype)
-                products = residual.flatten(0, 1).T @ scaled.flatten(0, 1)  # (K, D)
-                to_directions = products.to(directions.dtype)
-        return None, None, None, to_features, to_directions
-
-
-class LossWithGradients(torch.autograd.Function):
-    """The loss of unit features and prototypes, whose gradients are known but for a scalar."""
-
-    @staticmethod
-    def forward(
-        loss: Tensor,
-        of_features: Tensor,
-        of_directions: Tensor,
-        features: Tensor,
-        directions: Tensor,
-    ) -> Tensor:
-        return loss.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        _, *gradients, features, directions = inputs
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = features.dtype, directions.dtype
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative()
-        gradients = [
-            (saved * gradient).to(dtype) if wants else None
-            for saved, dtype, wants in zip(
-                ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[-2:], strict=True
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the swapped prediction loss has no second derivative: its gradient is computed "
+                "along with its value, and is a constant from then on; expected a backward pass "
+                "without create_graph=True"
             )
+        factor, *saved = ctx.saved_tensors
+        factor = factor * gradient
+        wanted = ctx.needs_input_grad[-len(saved) :]
+        # Multiplied in the dtype of factor, and rounded once.
+        gradients = [
+            torch.mul(values, factor, out=torch.empty_like(values, dtype=dtype)) if wants else None
+            for values, dtype, wants in zip(saved, ctx.dtypes, wanted, strict=True)
         ]
-        return None, None, None, *gradients
-
-
-def _refuse_second_derivative() -> None:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "the swapped prediction loss has no second derivative: its gradient is computed along "
-            "with its value, and is a constant from then on; expected a backward pass without "
-            "create_graph=True"
-        )
+        return (None, None, *[None] * len(saved), *gradients)

@@ -1,9 +1,8 @@
-"""Argument checks and their texts.
+"""Argument checks and their error messages.
 
-Every check is told the name of the argument and raises an error that says what was expected and
-what came: ``TypeError`` for a wrong kind, ``ValueError`` for a wrong value or shape. The checks
-look at Python numbers, shapes, dtypes and devices only, never at the values of a tensor, so none of
-them makes an accelerator wait.
+Each check takes the name of the argument. Its error states the expected and the actual value:
+``TypeError`` for a wrong type, ``ValueError`` for a wrong value or shape. Checks use only Python
+numbers, shapes, dtypes and devices, never tensor values, so none synchronizes with the device.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def finite_float(name: str, value: Any) -> float:
 
 
 def positive_float(name: str, value: Any) -> float:
-    """Return ``value`` as a float if it is a finite number above 0."""
+    """Return ``value`` as a float if it is finite and above 0."""
     number = finite_float(name, value)
     if number <= 0:
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
@@ -36,7 +35,7 @@ def positive_float(name: str, value: Any) -> float:
 
 
 def non_negative_float(name: str, value: Any) -> float:
-    """Return ``value`` as a float if it is a finite number of at least 0."""
+    """Return ``value`` as a float if it is finite and at least 0."""
     number = finite_float(name, value)
     if number < 0:
         raise ValueError(f"{name} must be at least 0, got {value!r}")
@@ -44,7 +43,7 @@ def non_negative_float(name: str, value: Any) -> float:
 
 
 def positive_or_infinite(name: str, value: Any) -> float:
-    """Return ``value`` as a float if it is a number above 0, infinity included."""
+    """Return ``value`` as a float if it is above 0, including infinity."""
     number = _number(name, value)
     if not number > 0:
         raise ValueError(f"{name} must be a number above 0, got {value!r}")
@@ -71,44 +70,44 @@ def positive_range(name: str, value: Any, most: float = math.inf) -> tuple[float
 
 
 def positive_int(name: str, value: Any) -> int:
-    """Return ``value`` as an int if it is a whole number of at least 1."""
+    """Return ``value`` as an int if it is an integer of at least 1."""
     return _int_from(name, value, 1)
 
 
 def instance(name: str, value: Any, kind: type[Kind]) -> Kind:
-    """Return ``value`` if it is of the ``kind``."""
+    """Return ``value`` if it is an instance of ``kind``."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
     return value
 
 
 def positive_ints(name: str, values: Sequence[Any]) -> list[int]:
-    """Return ``values`` as ints if there is at least one and all are whole numbers above 0."""
+    """Return ``values`` as ints if there is at least one and all are integers above 0."""
     if not values:
         raise ValueError(f"{name} as a sequence must hold at least 1 number, got none")
     return [positive_int(f"{name}[{index}]", value) for index, value in enumerate(values)]
 
 
 def non_negative_int(name: str, value: Any) -> int:
-    """Return ``value`` as an int if it is a whole number of at least 0."""
+    """Return ``value`` as an int if it is an integer of at least 0."""
     return _int_from(name, value, 0)
 
 
 def boolean(name: str, value: Any) -> None:
-    """Refuse a ``value`` that is neither ``True`` nor ``False``."""
+    """Check that ``value`` is ``True`` or ``False``."""
     if value is not True and value is not False:
         choice(name, value, (True, False))
 
 
 def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
-    """Refuse a ``value`` that is not one of ``allowed``."""
+    """Check that ``value`` is one of ``allowed``."""
     if not any(type(value) is type(option) and value == option for option in allowed):
         listed = " or ".join(repr(option) for option in allowed)
         raise ValueError(f"{name} must be {listed}, got {value!r}")
 
 
 def floating_tensor(name: str, value: Any) -> Tensor:
-    """Return ``value`` if it is a tensor of a real floating dtype."""
+    """Return ``value`` if it is a tensor with a real floating-point dtype."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if not value.is_floating_point():
@@ -117,7 +116,7 @@ def floating_tensor(name: str, value: Any) -> Tensor:
 
 
 def min_dimensions(name: str, value: Tensor, least: int, shape: str) -> None:
-    """Refuse a tensor of fewer than ``least`` dimensions; ``shape`` says what they mean."""
+    """Check that a tensor has at least ``least`` dimensions; ``shape`` names them."""
     if value.dim() < least:
         raise ValueError(
             f"{name} must have at least {least} dimension{'s' if least > 1 else ''} {shape}, "
@@ -126,7 +125,7 @@ def min_dimensions(name: str, value: Tensor, least: int, shape: str) -> None:
 
 
 def last_dimension(name: str, value: Tensor, expected: int, meaning: str) -> None:
-    """Refuse a tensor whose last dimension is not ``expected``."""
+    """Check that the last dimension of a tensor is ``expected``."""
     min_dimensions(name, value, 1, f"(..., {meaning})")
     if value.shape[-1] != expected:
         raise ValueError(
@@ -136,7 +135,7 @@ def last_dimension(name: str, value: Tensor, expected: int, meaning: str) -> Non
 
 
 def no_empty_last_dimension(name: str, value: Tensor, meaning: str) -> None:
-    """Refuse a tensor whose last dimension is empty; ``meaning`` says what it counts."""
+    """Check that the last dimension of a tensor is not empty; ``meaning`` names its entries."""
     if value.shape[-1] == 0:
         raise ValueError(
             f"{name} must have at least 1 of the {meaning} in its last dimension, "
@@ -145,23 +144,25 @@ def no_empty_last_dimension(name: str, value: Tensor, meaning: str) -> None:
 
 
 def of_samples_and_prototypes(name: str, value: Any) -> None:
-    """Refuse all but a floating tensor (..., B, K) with K > 0: scores, or codes."""
+    """Check scores or codes: a floating-point tensor (..., B, K) with K > 0."""
     floating_tensor(name, value)
     unbatched(name, value)
     min_dimensions(name, value, 2, "(..., samples, prototypes)")
     no_empty_last_dimension(name, value, "prototypes")
 
 
-def weights(sample_weight: Tensor | None, prototype_weight: Tensor | None, like: Tensor) -> None:
-    """Refuse weights that do not fit ``like``, (..., B, K); ``None`` is none."""
+def weights(
+    sample_weight: Tensor | None, prototype_weight: Tensor | None, like: Tensor, index: str = ""
+) -> None:
+    """Check optional weights of the samples and prototypes of ``like``, (..., B, K)."""
     if sample_weight is not None:
-        weight("sample_weight", sample_weight, (like.shape[:-1], like.shape[-2:-1]), like)
+        weight("sample_weight" + index, sample_weight, (like.shape[:-1], like.shape[-2:-1]), like)
     if prototype_weight is not None:
-        weight("prototype_weight", prototype_weight, (like.shape[-1:],), like)
+        weight("prototype_weight" + index, prototype_weight, (like.shape[-1:],), like)
 
 
 def weight(name: str, value: Any, shapes: Sequence[tuple[int, ...]], like: Tensor) -> None:
-    """Refuse all but a bool or floating tensor of one of ``shapes`` on the device of ``like``."""
+    """Check a bool or floating-point tensor of one of ``shapes`` on the device of ``like``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if not (value.is_floating_point() or value.dtype == torch.bool):
@@ -173,22 +174,22 @@ def weight(name: str, value: Any, shapes: Sequence[tuple[int, ...]], like: Tenso
 
 
 def mask(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> None:
-    """Refuse all but a bool tensor of ``shape`` on the device of ``like``."""
+    """Check a bool tensor of ``shape`` on the device of ``like``."""
     if not isinstance(value, Tensor) or value.dtype != torch.bool:
-        came = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be a bool torch.Tensor, got {came}")
+        actual = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a bool torch.Tensor, got {actual}")
     weight(name, value, (shape,), like)
 
 
 def same_shape(shape: Sequence[int], other: Sequence[int]) -> bool:
-    """Compare sizes one by one, which torch.compile can trace where they change."""
+    """Compare shapes size by size, which torch.compile can trace for dynamic sizes."""
     if len(shape) != len(other):
         return False
     return all(size == expected for size, expected in zip(shape, other, strict=True))
 
 
 def same_device(name: str, value: Tensor, like: Tensor, module: object = None) -> None:
-    """Refuse a tensor that is not on the device of ``like``, a parameter of ``module`` if given."""
+    """Check that a tensor is on the device of ``like``, a parameter of ``module`` if given."""
     if value.device != like.device:
         text = f"{name} must be on device {like.device}, got {value.device}"
         if module is not None:
@@ -197,7 +198,7 @@ def same_device(name: str, value: Tensor, like: Tensor, module: object = None) -
 
 
 def untransformed(name: str, value: Tensor) -> None:
-    """Refuse a tensor inside ``torch.func.grad`` or ``vmap``, or with a forward-mode tangent."""
+    """Check that a tensor has no ``torch.func`` transform and no forward-mode tangent."""
     if torch.compiler.is_compiling():
         return
     transformed = torch._C._functorch.is_functorch_wrapped_tensor(value)
@@ -213,7 +214,7 @@ def untransformed(name: str, value: Tensor) -> None:
 
 
 def unbatched(name: str, value: Tensor) -> None:
-    """Refuse a tensor inside ``torch.vmap``, where leading dimensions do the same."""
+    """Check that a tensor is outside ``torch.vmap``; leading dimensions serve for batches."""
     if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(value):
         raise RuntimeError(
             f"{name} must be outside torch.vmap; expected a tensor (..., samples, prototypes) "
@@ -222,14 +223,14 @@ def unbatched(name: str, value: Tensor) -> None:
 
 
 def refuse_scripting(module: object) -> NoReturn:
-    """Raise an error for ``torch.jit.script``, as a module's ``__prepare_scriptable__``."""
+    """Raise an error under ``torch.jit.script``; set as ``__prepare_scriptable__`` of a module."""
     raise RuntimeError(
         f"{type(module).__name__} cannot be compiled by torch.jit.script; expected torch.compile"
     )
 
 
 def is_plainly(part: nn.Module, kind: type[nn.Module]) -> bool:
-    """Tell whether a part is what it was made as, and nothing is hooked onto it."""
+    """Return whether a submodule is a plain ``kind``: no subclass, hooks or own ``forward``."""
     hooks = (
         part._forward_pre_hooks
         or part._forward_hooks
@@ -242,10 +243,10 @@ def is_plainly(part: nn.Module, kind: type[nn.Module]) -> bool:
 def views(
     name: str, value: Any, meaning: str, *, least: int, last: int | None = None
 ) -> list[Tensor]:
-    """Return the views as a list of equally shaped floating tensors.
+    """Return the views as a list of floating-point tensors of equal shape.
 
-    ``value`` is a sequence of (B, N) tensors or one (V, B, N) tensor, with at least ``least`` views
-    and, if ``last`` is given, with N = ``last``; ``meaning`` says what N counts.
+    ``value`` is a sequence of (B, N) tensors or one (V, B, N) tensor with at least ``least`` views.
+    If ``last`` is given, N must be ``last``. ``meaning`` names the entries that N counts.
     """
     if isinstance(value, Tensor):
         if value.dim() != 3:
@@ -290,7 +291,7 @@ def views(
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, float):  # a symbolic one too, which knows no conversion
+    if isinstance(value, float):  # or a symbolic float, which does not support float()
         return value
     if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")

@@ -1,187 +1,178 @@
-"""The loss of ``SwAVLoss`` with each of its heads, which ask the other processes together."""
+"""The loss of one batch with each head: by calling the parts, or fused block by block."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from swavkit import _checks
 from swavkit._checks import is_plainly
-from swavkit._details import SwAVDetails
 from swavkit._tensors import at_least_float32, autocast_disabled, product_dtype
-from swavkit.distributed.collectives import sum_over_ranks
-from swavkit.fused.loss import streamed_losses
-from swavkit.prototypes import PrototypeLayer, product, unit_rows
-from swavkit.sinkhorn.module import SinkhornKnopp
-from swavkit.swapped_prediction import SwappedPredictionLoss, loss_of_factors
+from swavkit.fused.loss import fused_losses
+from swavkit.prototypes import PrototypeLayer, unit_rows
+from swavkit.sinkhorn import SinkhornKnopp
+from swavkit.swapped_prediction import SwappedPredictionLoss
 
-# Unless told otherwise, this much memory may be spent so as not to compute scores again: those of
-# all views, and codes; or where that is too little, P of the code views.
-_BYTES_OF_FULL_MEMORY = 2**30
+__all__ = ["SwAVDetails"]
+
+# memory="auto" calls the parts for up to so many scores of all views and heads, if there is no
+# queue: fewer operations then save more than fewer bytes. torch.compile fuses the operations of the
+# parts itself, and keeps the batch size symbolic in them, so there the limit is one of memory.
+SCORES_OF_CALLED_PARTS, SCORES_OF_COMPILED_PARTS = 2**21, 2**28
+
+# memory="auto" lets the fused route keep the kernels of the code views, if they take no more.
+_BYTES_OF_KEPT_KERNELS = 2**30
 
 
-def losses_of_heads(
-    criterion: Any,
-    heads: Sequence[PrototypeLayer],
-    features: Tensor,
-    around: Tensor | None,
-    sample_weight: Tensor | None,
-    rider: Tensor | None,
-    return_details: bool,
-) -> list[tuple[Tensor, SwAVDetails | None]]:
-    """Return the loss with each head, and if asked for its codes and scores.
+class Batch(NamedTuple):
+    """What every head needs to know of a training step.
 
-    Args:
-        criterion: The ``SwAVLoss``, whose settings, queue and counter are read.
-        heads: Its prototypes.
-        features: (V, B, D); finite where a sample is absent.
-        around: (V, B, 1), where the scores of the features count as NaN; or ``None``.
+    Attributes:
+        features: (V, B, D), the code views first; finite where a sample is absent.
+        nan_rows: (V, B, 1) bool, where scores count as NaN; or ``None``.
+        num_code_views: A.
         sample_weight: (B,), or ``None``.
-        rider: A small tensor to be summed over the processes along with the codes, in place.
-        return_details: Whether to return codes (A, B, K) and scores (V, B, K) for sure.
+        queued: (A, L, D) features of the queue, or ``None``.
+        queue_mask: (L,) bool, which of them take part; or ``None``.
+        frozen: Bool scalar, whether prototypes get a gradient of zeros; or ``None`` for never.
     """
-    frozen = criterion.steps < criterion.freeze_steps if criterion.freeze_steps else None
-    code_weight = _code_weight(criterion, features.shape[1], sample_weight)
-    unobserved = is_plainly(criterion.sinkhorn, SinkhornKnopp) and is_plainly(
-        criterion.loss, SwappedPredictionLoss
+
+    features: Tensor
+    nan_rows: Tensor | None
+    num_code_views: int
+    sample_weight: Tensor | None
+    queued: Tensor | None
+    queue_mask: Tensor | None
+    frozen: Tensor | None
+
+    def code_weight(self) -> Tensor | None:
+        """Return the weights of the current and queued samples in the codes, (B + L,)."""
+        if self.queue_mask is None:
+            return self.sample_weight
+        current = self.sample_weight
+        if current is None:
+            current = self.queue_mask.new_ones(self.features.shape[1])
+        with autocast_disabled(current.device):  # which does not join two half precisions
+            return torch.cat([current, self.queue_mask.to(current.dtype)])
+
+
+class SwAVDetails(NamedTuple):
+    """Intermediate results of :class:`SwAVLoss`, without gradient.
+
+    Attributes:
+        codes: (A, B, K) targets of the views, float32 (float64 for float64 scores).
+        scores: (V, B, K) cosines of features and prototypes.
+    """
+
+    codes: Tensor
+    scores: Tensor
+
+
+class HeadLoss(NamedTuple):
+    """The loss with one head, and what is known on the way if the parts were called."""
+
+    loss: Tensor
+    details: SwAVDetails | None = None
+
+
+def head_losses(
+    batch: Batch,
+    heads: Sequence[PrototypeLayer],
+    sinkhorn: nn.Module,
+    loss: nn.Module,
+    *,
+    memory: str,
+    details: bool,
+) -> list[HeadLoss]:
+    """Return the loss with each head; ``details`` asks for codes and scores."""
+    observed = not (
+        is_plainly(sinkhorn, SinkhornKnopp)
+        and is_plainly(loss, SwappedPredictionLoss)
+        and all(is_plainly(head, PrototypeLayer) for head in heads)
     )
-    shown = [not (unobserved and is_plainly(head, PrototypeLayer)) for head in heads]
-    if _streams(criterion, heads, features, return_details or any(shown)):
-        pairs = [head._factors(features, frozen) for head in heads]
-        losses = _streamed(criterion, pairs, code_weight, sample_weight, rider)
-        return [(loss, None) for loss in losses]
-
-    # Features times their factor would leave the range of float16 in a batch of thousands.
-    in_float16 = product_dtype(features) == torch.float16
-    factors: list[tuple[Tensor, Tensor] | None] = []
-    scores = []
-    for head, is_shown in zip(heads, shown, strict=True):
-        pair = None
-        if not (is_shown or in_float16):
-            pair = head._factors(features, frozen)
-        of_head = head(features, frozen=frozen) if pair is None else product(*pair)  # (V, B, K)
-        factors.append(pair)
-        scores.append(of_head if around is None else of_head.masked_fill(around, torch.nan))
-    codes = _codes(criterion, heads, scores, code_weight, rider)
-    losses = []
-    for pair, of_head, code in zip(factors, scores, codes, strict=True):
-        if pair is None:
-            losses.append(criterion.loss(of_head, code, sample_weight))
-            continue
-        losses.append(
-            loss_of_factors(
-                *pair,
-                of_head,
-                code,
-                temperature=_checks.positive_float("temperature", criterion.loss.temperature),
-                sample_weight=sample_weight,
-                residual=None if return_details else of_head,
-            )
-        )
-    if return_details and criterion.queue is not None:
-        codes = [code.clone() for code in codes]  # not a view of those of the queue
-    details = [
-        SwAVDetails(code, of_head.detach()) for code, of_head in zip(codes, scores, strict=True)
-    ]
-    return list(zip(losses, details, strict=True))
-
-
-def _streams(
-    criterion: Any, heads: Sequence[PrototypeLayer], features: Tensor, shown: bool
-) -> bool:
-    """Tell whether to compute the losses block by block; not if somebody sees scores or codes."""
-    possible = not shown and not criterion.sinkhorn.validate
-    if criterion.memory == "streamed" and not possible:
+    needs_parts = details or observed or getattr(sinkhorn, "validate", False)
+    if memory == "streamed" and needs_parts:
         raise ValueError(
             "memory must be 'full' or 'auto' for details, for validated codes, and with a part "
             "that is replaced or has hooks, got 'streamed'"
         )
-    views, samples, _ = features.shape
-    code_views, queued = criterion.num_code_views, 0
-    if criterion.queue is not None:
-        queued = criterion.queue.length
-    rows = views * samples + code_views * (samples + queued)  # scores, and codes
-    if queued:  # scores of the queue, and behind those of the code views
-        rows += code_views * (queued + samples + queued)
-    if product_dtype(features).itemsize < 4:  # those of the code views in float32
-        rows += code_views * samples
     prototypes = sum(head.num_prototypes for head in heads)
-    size = rows * prototypes * at_least_float32(features.dtype).itemsize
-    large = size > _BYTES_OF_FULL_MEMORY
-    return possible and (criterion.memory == "streamed" or (criterion.memory == "auto" and large))
+    if needs_parts or memory == "full" or (memory == "auto" and _is_small(batch, prototypes)):
+        return _parts_called(batch, heads, sinkhorn, loss)
+    assert isinstance(sinkhorn, SinkhornKnopp)
+    return _fused(batch, heads, sinkhorn, loss, _BYTES_OF_KEPT_KERNELS if memory == "auto" else 0)
 
 
-def _streamed(
-    criterion: Any,
-    factors: Sequence[tuple[Tensor, Tensor]],
-    code_weight: Tensor | None,
-    sample_weight: Tensor | None,
-    rider: Tensor | None,
-) -> list[Tensor]:
-    """Return the losses, of which nothing else is known."""
-    sinkhorn, queue = criterion.sinkhorn, criterion.queue
-    features, prototypes = factors[0][0], sum(len(directions) for _, directions in factors)
-    shape, dtype = (criterion.num_code_views, prototypes), product_dtype(features)
-    sinkhorn._compare(shape, at_least_float32(dtype), features.device)
-    settings = sinkhorn._settings()._asdict()
-    del settings["validate"]
-    return streamed_losses(
-        factors,
-        None if queue is None else unit_rows(queue.features),
-        num_code_views=criterion.num_code_views,
-        code_weight=code_weight,
-        sample_weight=sample_weight,
-        temperature=_checks.positive_float("temperature", criterion.loss.temperature),
-        group=sinkhorn._participants(),
-        rider=rider,
-        most_bytes_of_p=_BYTES_OF_FULL_MEMORY if criterion.memory == "auto" else 0,
-        **settings,
-    )
+def _is_small(batch: Batch, prototypes: int) -> bool:
+    """Tell whether ``memory="auto"`` calls the parts."""
+    scores = batch.features.shape[0] * batch.features.shape[1] * prototypes
+    if torch.compiler.is_compiling():
+        queued = 0 if batch.queued is None else batch.queued.shape[:-1].numel() * prototypes
+        return scores + queued <= SCORES_OF_COMPILED_PARTS
+    return batch.queued is None and scores <= SCORES_OF_CALLED_PARTS
 
 
-@torch.no_grad()
-def _codes(
-    criterion: Any,
+def _parts_called(
+    batch: Batch, heads: Sequence[PrototypeLayer], sinkhorn: nn.Module, loss: nn.Module
+) -> list[HeadLoss]:
+    """Call the parts, as the docstring of ``SwAVLoss`` does."""
+    scores = [head(batch.features, frozen=batch.frozen) for head in heads]  # (V, B, K) each
+    if batch.nan_rows is not None:
+        scores = [of_head.masked_fill(batch.nan_rows, torch.nan) for of_head in scores]
+    with torch.no_grad():
+        to_code = [
+            _with_queued(batch, head, of_head) for head, of_head in zip(heads, scores, strict=True)
+        ]
+        weight = batch.code_weight()
+        if is_plainly(sinkhorn, SinkhornKnopp):
+            codes = sinkhorn(to_code, [weight] * len(heads))
+        else:  # a hook or a module of the user's takes one problem at a time
+            codes = [sinkhorn(of_head, weight) for of_head in to_code]
+        samples = batch.features.shape[1]
+        if batch.queued is not None:  # not a view, which would keep those of the queue
+            codes = [code[:, :samples].clone() for code in codes]
+    return [
+        HeadLoss(loss(of_head, code, batch.sample_weight), SwAVDetails(code, of_head.detach()))
+        for of_head, code in zip(scores, codes, strict=True)
+    ]
+
+
+def _with_queued(batch: Batch, head: PrototypeLayer, scores: Tensor) -> Tensor:
+    """Return the scores that codes are computed on, (A, B + L, K), in float32 or better."""
+    current = scores.detach()[: batch.num_code_views]
+    current = current.to(at_least_float32(current.dtype))
+    if batch.queued is None:
+        return current
+    return torch.cat([current, head(batch.queued).to(current.dtype)], dim=1)
+
+
+def _fused(
+    batch: Batch,
     heads: Sequence[PrototypeLayer],
-    scores: Sequence[Tensor],
-    code_weight: Tensor | None,
-    rider: Tensor | None,
-) -> list[Tensor]:
-    """Return each head's codes of the current samples, (A, B, K), computed along with the queue."""
-    to_code = []
-    for head, of_head in zip(heads, scores, strict=True):
-        current = of_head.detach()[: criterion.num_code_views]
-        current = current.to(at_least_float32(current.dtype))  # so that the codes stay float32
-        if criterion.queue is not None:
-            recent = head(criterion.queue.features).to(current.dtype)
-            current = torch.cat([current, recent], dim=1)
-        to_code.append(current)
-    codes = _solved(criterion.sinkhorn, to_code, code_weight, rider)
-    samples = scores[0].shape[1]
-    return [of_head[:, :samples] for of_head in codes]
-
-
-def _solved(
-    sinkhorn: nn.Module, scores: Sequence[Tensor], weight: Tensor | None, rider: Tensor | None
-) -> list[Tensor]:
-    """Return the codes of the scores of each head, found in step wherever that is possible."""
-    if is_plainly(sinkhorn, SinkhornKnopp):
-        return sinkhorn._in_step(scores, weight, rider=rider)  # type: ignore[operator, no-any-return]
-    if rider is not None:
-        rider.copy_(sum_over_ranks(rider.clone(), sinkhorn._participants()))  # type: ignore[operator]
-    return [sinkhorn(of_head, weight) for of_head in scores]
-
-
-@torch.no_grad()
-def _code_weight(criterion: Any, samples: int, sample_weight: Tensor | None) -> Tensor | None:
-    """Return the weights in the codes: of the current samples and then of the queue's."""
-    queue = criterion.queue
-    if queue is None:
-        return sample_weight
-    takes_part = queue.valid & (criterion.steps >= criterion.queue_start)
-    present = takes_part.new_ones(samples) if sample_weight is None else sample_weight
-    with autocast_disabled(present.device):  # which would not join half precisions
-        return torch.cat([present, takes_part.to(present.dtype)])
+    sinkhorn: SinkhornKnopp,
+    loss: nn.Module,
+    most_bytes_of_kernels: int,
+) -> list[HeadLoss]:
+    """Compute the losses block by block, without the scores of all views."""
+    factors = [head._factors(batch.features, batch.frozen) for head in heads]
+    dtype = at_least_float32(product_dtype(factors[0][0]))
+    sinkhorn._compare(
+        batch.num_code_views * len(heads),
+        sum(head.num_prototypes for head in heads),
+        factors[0][0].detach()[:0].to(dtype),
+    )
+    losses = fused_losses(
+        factors,
+        None if batch.queued is None else unit_rows(batch.queued),
+        num_code_views=batch.num_code_views,
+        code_weight=batch.code_weight(),
+        sample_weight=batch.sample_weight,
+        temperature=_checks.positive_float("temperature", loss.temperature),
+        settings=sinkhorn._settings(),
+        group=sinkhorn._participants(),
+        most_bytes_of_kernels=most_bytes_of_kernels,
+    )
+    return [HeadLoss(value) for value in losses]

@@ -1,4 +1,4 @@
-"""State of a module that is saved and moved as buffers are, and is no buffer."""
+"""Module state that is saved and moved like buffers without being registered as buffers."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ Module = TypeVar("Module", bound="OwnState")
 
 
 class OwnState(nn.Module):
-    """A module with tensors that describe its own training, and start as zeros.
+    """Base class of modules with state tensors of their own, initially zero.
 
-    They are in ``state_dict()``, and move and change dtype with the module. They are no buffers,
-    because others write to those: ``DistributedDataParallel`` sends rank 0's to all ranks, and
-    weight averaging replaces a count of steps with a mean of counts.
+    State tensors are in ``state_dict()``, and move and change dtype with the module. They are not
+    buffers because other code overwrites buffers: ``DistributedDataParallel`` broadcasts those of
+    rank 0, and weight averaging replaces a step count with a mean of counts.
 
     Attributes:
-        _own: The names of the tensors.
+        _own: The names of the state tensors.
     """
 
     _own: ClassVar[tuple[str, ...]] = ()
 
     @torch.no_grad()
     def _empty_own(self) -> None:
-        """Set the state to what it was at first, in place."""
+        """Reset the state to zeros, in place."""
         for name in self._own:
             getattr(self, name).zero_()
 
     def _follow(self, device: torch.device) -> None:
-        """Move the state to where the parameters are.
+        """Move the state to the device of the parameters.
 
-        FSDP moves parameters and buffers itself, without a call of ``to``. State that was left on
-        the meta device holds nothing, and starts anew.
+        FSDP moves parameters and buffers without calling ``to``. State on the meta device has no
+        values and is reset to zeros.
         """
-        left = [name for name in self._own if getattr(self, name).device != device]
-        if not left:
+        misplaced = [name for name in self._own if getattr(self, name).device != device]
+        if not misplaced:
             return
-        with torch.inference_mode(False), torch.no_grad():  # it must take writes in training later
-            for name in left:
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors refuse updates
+            for name in misplaced:
                 value = getattr(self, name)
                 new = torch.zeros_like(value, device=device) if value.is_meta else value.to(device)
                 setattr(self, name, new)
@@ -85,7 +85,7 @@ class OwnState(nn.Module):
         ]
         error_msgs += mismatches
         if mismatches:
-            return  # a state half loaded would be neither the old one nor the new
+            return  # do not load a part of the state
         for name, value in loaded.items():
             if local_metadata.get("assign_to_params_buffers", False):
                 setattr(self, name, value)

@@ -1,4 +1,4 @@
-"""The state of a model and the queues of all processes, for ``torch.distributed.checkpoint``."""
+"""Model state with the queues of all ranks, for ``torch.distributed.checkpoint``."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def sharded_state_dict(
     checkpoint: str | os.PathLike[str] | StorageReader | None = None,
     process_group: ProcessGroup | None = None,
 ) -> dict[str, Any]:
-    """Return ``module.state_dict()`` with the queues of all processes, one shard each.
+    """Return ``module.state_dict()`` with the queues of all ranks as shards.
 
-    ``torch.distributed.checkpoint`` keeps one process's copy of a plain tensor, and every process
-    has a queue of its own. Here each tensor of a :class:`FeatureQueue` gets a first dimension, one
-    row for each process, and is a ``DTensor`` sharded over it; everything else stays as it is. To
-    save::
+    ``torch.distributed.checkpoint`` saves the copy of a plain tensor from one rank only, but each
+    rank has its own queue. Here each tensor of a :class:`FeatureQueue` becomes a ``DTensor`` with
+    an additional first dimension, one row per rank, and is sharded over it. All other entries are
+    unchanged. To save::
 
         dcp.save({"model": sharded_state_dict(model)}, checkpoint_id=path)
 
-    and to load, on any number of processes::
+    and to load, on any number of ranks::
 
         state = {"model": sharded_state_dict(model, checkpoint=path)}
         dcp.load(state, checkpoint_id=path)
@@ -47,12 +47,11 @@ def sharded_state_dict(
 
     Args:
         module: The model, the loss, or a queue; plain, in ``DistributedDataParallel`` or FSDP2.
-        checkpoint: The checkpoint that the result is going to be loaded from: its path, or a
-            ``torch.distributed.checkpoint.StorageReader``. If it was saved by another number of
-            processes, or with another length, the queues' entries are tensors on the CPU that have
-            room for all that was saved.
-        process_group: The processes; the default group if ``None``, and this process alone where
-            ``torch.distributed`` is not initialised.
+        checkpoint: The checkpoint to be loaded into the result: a path or a
+            ``torch.distributed.checkpoint.StorageReader``. If it was saved with another number of
+            ranks or another queue length, the queue entries are CPU tensors of the saved shapes.
+        process_group: The process group; the default group if ``None``. Without an initialized
+            ``torch.distributed``, this rank alone.
 
     Raises:
         ValueError: If the checkpoint holds queues of different sizes under the same name.
@@ -61,14 +60,14 @@ def sharded_state_dict(
     state: dict[str, Any] = module.state_dict()
     saved = {} if checkpoint is None else saved_tensors(checkpoint)
     for queue, keys in _queues(module):
-        found = {name: _saved_as(names, saved) for name, names in keys.items()}
+        found = {name: _saved_shape(names, saved) for name, names in keys.items()}
         shards = {name: shard_of(getattr(queue, name), group) for name in keys}
         if any(like is not None and like[0] != shards[name].shape for name, like in found.items()):
             shards = {
                 name: values if like is None else torch.empty(like[0], dtype=like[1], device="cpu")
                 for (name, values), like in zip(shards.items(), found.values(), strict=True)
             }
-        state |= _spread(shards, keys)
+        state |= _by_key(shards, keys)
     return state
 
 
@@ -79,45 +78,45 @@ def load_sharded_state_dict(
     strict: bool = True,
     process_group: ProcessGroup | None = None,
 ) -> Any:
-    """Load what :func:`sharded_state_dict` returned, after ``torch.distributed.checkpoint`` has.
+    """Load a :func:`sharded_state_dict` after ``torch.distributed.checkpoint`` has filled it.
 
-    Saved by as many processes and with the same length, each queue is what it was. Else all valid
-    features are sorted by their age in steps (in a step by process, then by their order in the
-    batch), and the newest of them that there is room for are dealt out in turn, so that every
-    process has as many as any other, give or take one, and as new ones. Nothing is there twice and
-    nothing is made up: slots that are left are not valid. Ages stay; the sum over all processes of
-    ``rejected`` too.
+    With the number of ranks and the queue length unchanged, each queue is restored exactly.
+    Otherwise all valid features are sorted by age in steps, within a step by rank and then by order
+    in the batch. The newest that fit are dealt to the ranks in turn, so that all ranks get equally
+    recent features, and numbers of them that differ by at most one. No feature is duplicated or
+    invented; the remaining slots are not valid. Ages, and the sum of ``rejected`` over all ranks,
+    are preserved.
 
     Args:
         module: The module that ``state_dict`` was made from.
-        state_dict: What was loaded.
-        strict: As of ``torch.nn.Module.load_state_dict``, whose result is returned.
-        process_group: The processes, as given to :func:`sharded_state_dict`.
+        state_dict: The loaded state.
+        strict: As in ``torch.nn.Module.load_state_dict``, whose result is returned.
+        process_group: The process group, as given to :func:`sharded_state_dict`.
 
     Raises:
-        ValueError: If the queues have other views or features than those of the module.
-        RuntimeError: As ``torch.nn.Module.load_state_dict`` does.
+        ValueError: If the number of views or features differs from that of the module's queues.
+        RuntimeError: As for ``torch.nn.Module.load_state_dict``.
     """
     group = participants(process_group, synchronize=True)
     plain = copy.copy(state_dict)
     for queue, keys in _queues(module):
         stacked = {name: state_dict[names[0]] for name, names in keys.items() if names[0] in plain}
         if len(stacked) < len(keys):
-            continue  # which keys are missing is told below
+            continue  # load_state_dict reports the missing keys
         rows = {name: own_row(values, group) for name, values in stacked.items()}
         own = {name: row for name, row in rows.items() if row is not None}
         if len(own) < len(rows) or own["features"].shape != queue.features.shape:
             _require_fitting(keys["features"][0], stacked["features"], queue)
-            own = _deal(stacked, queue.length, *rank_and_size(group))
-        plain |= _spread(own, keys)
+            own = _reshard(stacked, queue.length, *rank_and_size(group))
+        plain |= _by_key(own, keys)
     return module.load_state_dict(plain, strict=strict)
 
 
 def _queues(module: nn.Module) -> list[tuple[FeatureQueue, dict[str, list[str]]]]:
     """Return the queues of a module, each with the keys of its tensors in the state dict.
 
-    They are found by what they hold: wrappers put prefixes before some names and not others, and a
-    queue that is in two places is there twice.
+    Keys are found by the identity of the tensors, because wrappers prefix only some names. A queue
+    registered twice has two keys per tensor.
     """
     keys: dict[int, list[str]] = {}
     for key, value in module.state_dict().items():
@@ -129,16 +128,16 @@ def _queues(module: nn.Module) -> list[tuple[FeatureQueue, dict[str, list[str]]]
     ]
 
 
-def _spread(values: dict[str, Tensor], keys: dict[str, list[str]]) -> dict[str, Tensor]:
+def _by_key(values: dict[str, Tensor], keys: dict[str, list[str]]) -> dict[str, Tensor]:
     return {key: values[name] for name, names in keys.items() for key in names}
 
 
-def _saved_as(
+def _saved_shape(
     keys: list[str], saved: dict[str, tuple[torch.Size, torch.dtype]]
 ) -> tuple[torch.Size, torch.dtype] | None:
-    """Return shape and dtype of the entry of a checkpoint that ends with one of ``keys``."""
-    endings = tuple(f".{key}" for key in keys)
-    found = {entry for name, entry in saved.items() if f".{name}".endswith(endings)}
+    """Return shape and dtype of the checkpoint entry whose name ends with one of ``keys``."""
+    suffixes = tuple(f".{key}" for key in keys)
+    found = {entry for name, entry in saved.items() if f".{name}".endswith(suffixes)}
     if len(found) > 1:
         raise ValueError(
             f"checkpoint must hold one size of {keys[0]}, got "
@@ -148,7 +147,7 @@ def _saved_as(
 
 
 def _require_fitting(key: str, features: Tensor, queue: FeatureQueue) -> None:
-    """Refuse saved features (processes, views, length, features) that the queue cannot hold."""
+    """Check that the queue can hold saved features (ranks, views, length, features)."""
     expected = (queue.num_views, queue.feature_dim)
     if features.dim() != 4 or (features.shape[1], features.shape[3]) != expected:
         raise ValueError(
@@ -157,20 +156,20 @@ def _require_fitting(key: str, features: Tensor, queue: FeatureQueue) -> None:
         )
 
 
-def _deal(stacked: dict[str, Tensor], length: int, rank: int, size: int) -> dict[str, Tensor]:
-    """Return the state of one of ``size`` queues, given the states of others in rows."""
+def _reshard(stacked: dict[str, Tensor], length: int, rank: int, size: int) -> dict[str, Tensor]:
+    """Return the state of one of ``size`` queues from stacked saved states, one row per rank."""
     features, valid, position = stacked["features"], stacked["valid"], stacked["position"]
     saved = features.shape[2]
     device = features.device
-    age = stacked["pushes"].unsqueeze(1) - stacked["written"]  # (processes, saved), in pushes
-    # Newest first: the last sample of a ring is the one before its position, and of one step the
-    # samples of the last process came last.
+    age = stacked["pushes"].unsqueeze(1) - stacked["written"]  # (saved ranks, saved), in pushes
+    # Sort newest first. The newest sample of a ring is just before its position, and within a step
+    # the samples of the last rank count as the newest.
     back = (position.unsqueeze(1) - 1 - torch.arange(saved, device=device)) % saved
     rows = torch.arange(len(back), device=device).unsqueeze(1)
     newest = (back.argsort(dim=1) + saved * rows).flip(0).flatten()
     newest = newest[valid.flatten()[newest]]
     newest = newest[age.flatten()[newest].argsort(stable=True)]
-    own = newest[: size * length][rank::size].flip(0)  # oldest first, as they were pushed
+    own = newest[: size * length][rank::size].flip(0)  # oldest first, in push order
 
     count = len(own)
     pushes = stacked["pushes"].max()

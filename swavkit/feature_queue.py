@@ -1,4 +1,4 @@
-"""A queue of recent features, which gives small batches a large one to share codes with."""
+"""A queue of recent features, which enlarges small batches for the computation of codes."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ from swavkit._tensors import autocast_disabled
 
 __all__ = ["FeatureQueue"]
 
-_SINCE_VERSION_2 = ("written", "pushes")
-_STORAGE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_ADDED_IN_VERSION_2 = ("written", "pushes")
+_STORAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class FeatureQueue(OwnState):
-    """The most recent features of each code view, with a mark for the slots that hold any.
+    """Ring buffer of the most recent features of each code view.
 
-    It is a ring: new features overwrite the oldest, slots never move, and shapes never change. It
-    holds features and not scores, because prototypes move on. In a distributed job each process has
-    its own.
+    New features overwrite the oldest; slots never move, and shapes never change. The queue stores
+    features rather than scores because the prototypes change. In a distributed job each rank has
+    its own queue.
 
     Args:
-        length: The number of slots, per process and per view, at least 1.
+        length: The number of slots per rank and view, at least 1.
         feature_dim: D, the number of features, at least 1.
         num_views: The number of code views, at least 1.
-        dtype: In which floating dtype features are stored, the default dtype if ``None``.
-            ``torch.float16`` or ``torch.bfloat16`` halve the memory; a unit feature is then rounded
-            by up to 5e-4 or 4e-3 of each entry.
+        dtype: The dtype of the stored features: ``torch.float16``, ``torch.bfloat16``,
+            ``torch.float32`` or ``torch.float64``; the default dtype if ``None``. The first two
+            halve the memory and round each entry of a unit feature by up to 5e-4 or 4e-3 of it.
 
     Attributes:
         features: (num_views, length, D), in slot order; zeros in slots that are not valid.
-        valid: (length,) bool, which slots hold real features.
-        position: int64 scalar, the slot that is written next.
-        rejected: int64 scalar, how many samples were turned away for a NaN or an infinite entry.
+        valid: (length,) bool, true for slots that hold features.
+        position: int64 scalar, the next slot to be written.
+        rejected: int64 scalar, the number of samples rejected for NaN or infinite entries.
         written: (length,) int64, the number of the push that wrote each slot; 0 if none did.
-        pushes: int64 scalar, how many pushes there were, those of no sample included.
+        pushes: int64 scalar, the number of pushes, including empty ones.
 
-    These are saved in ``state_dict()``, and move and change dtype with the module, as buffers do.
-    They are no buffers because ``DistributedDataParallel`` would overwrite those of every process
-    with the ones of rank 0, and weight averaging would take their means. FSDP moves only parameters
-    and buffers: :class:`SwAVLoss` brings its queue to where its prototypes are, and a queue that is
-    used without it is moved by ``to()``. A state from before the last two were kept loads with both
-    at 0: all its features count as written by the latest push.
-    :func:`~swavkit.sharded_state_dict` saves the queues of all processes.
+    These are saved in ``state_dict()``, and move and change dtype with the module like buffers.
+    They are not buffers, because ``DistributedDataParallel`` would overwrite them with those of
+    rank 0, and weight averaging would average them. FSDP moves only parameters and buffers.
+    :class:`SwAVLoss` moves its queue to the device of the prototypes; move a separate queue with
+    ``to()``. A ``state_dict`` of version 1 lacks ``written`` and ``pushes`` and loads with both at
+    0: all its features count as written by the latest push. :func:`~swavkit.sharded_state_dict`
+    saves the queues of all ranks.
 
     Raises:
-        TypeError: If a size is no int or the features are no floating tensors.
-        ValueError: If a size is below 1, ``dtype`` is none of the four, or a shape or device does
-            not fit.
+        TypeError: If a size is not an int, or the features are not floating-point tensors.
+        ValueError: If a size is below 1, ``dtype`` is not one of the four, or a shape or device
+            does not fit.
 
     Example:
         >>> queue = FeatureQueue(length=4, feature_dim=2, num_views=1)
@@ -88,7 +88,7 @@ class FeatureQueue(OwnState):
         self.length = _checks.positive_int("length", length)
         self.feature_dim = _checks.positive_int("feature_dim", feature_dim)
         self.num_views = _checks.positive_int("num_views", num_views)
-        _checks.choice("dtype", dtype, (None, *_STORAGE))
+        _checks.choice("dtype", dtype, (None, *_STORAGE_DTYPES))
         self.features = torch.zeros(self.num_views, self.length, self.feature_dim, dtype=dtype)
         self.valid = torch.zeros(self.length, dtype=torch.bool)
         self.position = torch.zeros((), dtype=torch.int64)
@@ -97,19 +97,19 @@ class FeatureQueue(OwnState):
         self.pushes = torch.zeros((), dtype=torch.int64)
 
     def reset_parameters(self) -> None:
-        """Empty the queue, in place: no slot is valid and all counts are 0."""
+        """Empty the queue in place: no slot is valid, and all counts are 0."""
         self._empty_own()
 
     @torch.no_grad()
     def push(self, features: Tensor | Sequence[Tensor], *, valid: Tensor | None = None) -> None:
-        """Store new features over the oldest ones. Nothing is read from the device.
+        """Overwrite the oldest features with new ones. Does not synchronize with the device.
 
         Args:
-            features: (num_views, B, D), or a sequence of num_views tensors (B, D), for any B; of
-                more than ``length`` samples the last ones stay. They are stored as given, without
-                gradient, in the dtype of the queue. A sample with a NaN or an infinite entry in any
-                view is stored as zeros, is not valid, and is counted in ``rejected``.
-            valid: (B,) bool; a sample where it is false is stored as zeros and is not valid.
+            features: (num_views, B, D), or a sequence of num_views tensors (B, D), for any B. Only
+                the last ``length`` samples are kept. Features are stored as given, detached, in the
+                dtype of the queue. A sample with a NaN or infinite entry in any view is stored as
+                zeros, is not valid, and is counted in ``rejected``.
+            valid: (B,) bool; samples where it is false are stored as zeros and are not valid.
         """
         views = _checks.views(
             "features", features, "features", least=self.num_views, last=self.feature_dim
@@ -120,7 +120,7 @@ class FeatureQueue(OwnState):
         if valid is not None:
             _checks.mask("valid", valid, views[0].shape[:1], views[0])
 
-        with autocast_disabled(views[0].device):  # which does not stack all half precisions
+        with autocast_disabled(views[0].device):  # autocast cannot stack every half precision
             new = torch.stack([view.detach() for view in views])
         new = new.to(self.features.dtype)
         finite = new.abs().amax(dim=(0, 2)) < torch.inf  # (B,), false for NaN
@@ -140,19 +140,19 @@ class FeatureQueue(OwnState):
 
     @property
     def age(self) -> Tensor:
-        """How many pushes ago each slot was written, (length,) int64; -1 where it is not valid.
+        """The number of pushes since each slot was written, (length,) int64; -1 if not valid.
 
-        A training step makes one push, so this is in steps; the newest features have age 0.
-        Nothing is read from the device.
+        Each training step makes one push, so the age is in steps. The newest features have age 0.
+        Does not synchronize with the device.
         """
         return torch.where(self.valid, self.pushes - self.written, -1)
 
     def __len__(self) -> int:
-        """How many slots are valid. Reads the device: not for the training path."""
+        """Return the number of valid slots. Synchronizes with the device; avoid it in training."""
         return int(self.valid.sum())
 
     def __bool__(self) -> bool:
-        """True, filled or not: a queue is there."""
+        """Return ``True``, also for an empty queue."""
         return True
 
     def extra_repr(self) -> str:
@@ -164,11 +164,11 @@ class FeatureQueue(OwnState):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any
     ) -> None:
-        """Let a state from before pushes were counted say that none was."""
+        """Load a state of version 1, which lacks the push counts, with both at 0."""
         old = (local_metadata.get("version") or 1) < 2
-        since = {prefix + name: getattr(self, name) for name in _SINCE_VERSION_2}
-        if old and prefix + "features" in state_dict and not state_dict.keys() & since.keys():
+        added = {prefix + name: getattr(self, name) for name in _ADDED_IN_VERSION_2}
+        if old and prefix + "features" in state_dict and not state_dict.keys() & added.keys():
             device = state_dict[prefix + "features"].device
-            zeros = {key: torch.zeros_like(value, device=device) for key, value in since.items()}
+            zeros = {key: torch.zeros_like(value, device=device) for key, value in added.items()}
             state_dict = {**state_dict, **zeros}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)

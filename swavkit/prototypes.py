@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swavkit import _checks
-from swavkit._tensors import at_least_float32, autocast_disabled, empty, on_cpu, product_dtype
+from swavkit._autograd import linear
+from swavkit._tensors import at_least_float32
 from swavkit.distributed.collectives import is_sharded
 
 __all__ = ["PrototypeLayer"]
@@ -18,39 +18,39 @@ __all__ = ["PrototypeLayer"]
 class PrototypeLayer(nn.Module):
     r"""Scores of features against K prototypes: S = Z Cᵀ for unit rows Z and C, without a bias.
 
-    The layer normalises both itself, so scores are cosines whatever the norms of the features and
-    of the stored weight. The published procedure renormalises the weight in place before each step
-    instead, which breaks when a forward runs twice before a backward and is lost under sharding.
+    The layer normalizes both factors, so scores are cosines for any norms of the features and of
+    the stored weight. The published procedure instead renormalizes the weight in place before each
+    step, which fails if two forwards precede a backward, and is lost under sharding.
 
-    The stored norms change no score, but they set the pace: a row of twice the norm turns half as
-    far in a step. To keep them at 1, as the authors do, add one line behind the optimizer::
+    The stored norms do not change scores, but they affect the step size: for the same update, a row
+    of twice the norm turns half as far. To keep norms at 1, as the authors do, register a hook::
 
         optimizer.register_step_post_hook(lambda *_: prototypes.normalize_())
 
     Args:
         feature_dim: D, the number of features, at least 1.
         num_prototypes: K, the number of prototypes, at least 1.
-        gradient: ``"tangent"`` differentiates through the normalisation of the weight: the gradient
-            of a row is orthogonal to it, and no renormalisation is ever needed. ``"published"``
-            takes the norm of a row as a constant; with :meth:`normalize_` after each optimizer step
-            this is the authors' procedure exactly.
+        gradient: ``"tangent"`` differentiates through the normalization of the weight: the gradient
+            of a row is orthogonal to it, and renormalization is never needed. ``"published"``
+            treats the norm of a row as a constant; with :meth:`normalize_` after each optimizer
+            step, this is exactly the authors' procedure.
 
     Attributes:
-        weight: (K, D) parameter, drawn uniformly on the unit sphere. Its rows need not stay of unit
+        weight: (K, D) parameter, initially uniform on the unit sphere. Its rows need not keep unit
             norm.
 
     Shape:
-        features (..., D) give scores (..., K). Without autocast the product is made in the promoted
-        dtype of features and weight; under autocast in the autocast dtype, like ``nn.Linear``. The
-        normalisation is in float32, or float64 for float64 input. A zero row has cosine 0 with
-        everything, and a gradient of 0.
+        features (..., D) give scores (..., K). The product is computed in the promoted dtype of
+        features and weight, or under autocast in the autocast dtype, like ``nn.Linear``.
+        Normalization is in float32, or float64 for float64 input. A zero row has cosine 0 with
+        every row, and gradient 0.
 
     Raises:
-        TypeError: If a size is no int or ``features`` is no floating tensor.
-        ValueError: If a setting is out of range, the last dimension of ``features`` is not D, or
-            they are on another device.
-        RuntimeError: If FSDP2 has not gathered the weight, or if a method would change a weight
-            that a parametrization computes.
+        TypeError: If a size is not an int, or ``features`` is not a floating-point tensor.
+        ValueError: If a setting is out of range, or if ``features`` have a last dimension other
+            than D or are on another device.
+        RuntimeError: If FSDP2 has not gathered the weight, or if a method would modify a weight
+            computed by a parametrization.
 
     Example:
         >>> prototypes = PrototypeLayer(feature_dim=16, num_prototypes=5)
@@ -94,18 +94,18 @@ class PrototypeLayer(nn.Module):
 
     @torch.no_grad()
     def initialize_(self, features: Tensor, *, generator: torch.Generator | None = None) -> None:
-        """Let the prototypes start where features are, in place; before the first step.
+        """Initialize the prototypes from features, in place, before the first step.
 
-        Wrap the layer in ``DistributedDataParallel`` afterwards, which hands the prototypes of rank
-        0 to all processes, or pass the same features and random state on each.
+        Wrap the layer in ``DistributedDataParallel`` afterwards, which broadcasts the prototypes of
+        rank 0, or pass the same features and random state on each rank.
 
         Args:
-            features: (K, D) centres, one for each prototype and taken in this order; or (..., D)
-                features of more than K samples, of which K different ones are drawn. Of any norm.
-                Those without a direction, zeros or with a NaN or infinite entry, are passed over;
-                if too few others are left, the remaining prototypes stay as they are.
-            generator: Where the draw comes from, on the device of ``features``; by default torch's
-                global one.
+            features: (K, D) centers, one per prototype and in this order; or (..., D) features of
+                more than K samples, of which K are drawn without replacement. Norms are arbitrary.
+                Zero rows and rows with a NaN or infinite entry are skipped; if too few others are
+                left, the remaining prototypes are unchanged.
+            generator: The random generator, on the device of ``features``; torch's global one by
+                default.
         """
         self._check(features)
         self._require_stored_weight()
@@ -129,21 +129,21 @@ class PrototypeLayer(nn.Module):
         """Return the cosines of ``features`` with the prototypes.
 
         Args:
-            features: (..., D) features of any norm, floating.
-            frozen: A bool scalar tensor; where it is true the weight gets a gradient of zeros,
-                which turns no prototype and leaves no parameter without a gradient (which DDP
-                would not take). The device decides, so a compiled step stays one graph.
+            features: (..., D) floating-point features of any norm.
+            frozen: A bool scalar tensor. If true, the gradient of the weight is zero: prototypes do
+                not turn, yet no parameter lacks a gradient, as DDP requires. The value is used on
+                the device, so a compiled step stays one graph.
 
         Returns:
             (..., K) scores in [-1, 1] up to rounding.
         """
-        return F.linear(*self._factors(features, frozen))
+        return linear(*self._factors(features, frozen))
 
     if TYPE_CHECKING:
         __call__ = forward  # nn.Module's returns anything
 
     def _factors(self, features: Tensor, frozen: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return unit rows (..., D) and (K, D), in one dtype, whose product the scores are."""
+        """Return the factors of the scores: unit rows (..., D) and (K, D), in one dtype."""
         self._check(features)
         self._check_gradient()
         weight = self._rows()
@@ -158,17 +158,17 @@ class PrototypeLayer(nn.Module):
     def directions(self) -> Tensor:
         """The prototypes as unit rows, (K, D), in the dtype of the weight, without gradient.
 
-        Where FSDP2 shards the weight they are a ``DTensor`` in the same shards, whose
-        ``full_tensor()`` all processes must call.
+        While FSDP2 shards the weight, they are a ``DTensor`` with the same sharding. All ranks must
+        call its ``full_tensor()``.
         """
         return unit_rows(self._rows().detach()).to(self.weight.dtype)
 
     @torch.no_grad()
     def normalize_(self) -> None:
-        """Rescale the stored rows to unit norm, in place. It changes no score.
+        """Rescale the stored rows to unit norm, in place. Scores do not change.
 
-        Under FSDP2 the place for it is behind the optimizer, while the weight lies in shards: of
-        what is done to the gathered copy that a forward works on, nothing lasts.
+        Under FSDP2, call it after the optimizer step, while the weight is sharded: changes to the
+        gathered copy used by a forward are lost.
         """
         self._require_stored_weight()
         rows = self._rows()
@@ -178,17 +178,17 @@ class PrototypeLayer(nn.Module):
     def assign(self, features: Tensor) -> Tensor:
         """Return the index of the nearest prototype of each feature, (...,) int64.
 
-        Under FSDP2 the weight must be gathered, by ``unshard()`` of the module that was given to
+        Under FSDP2, gather the weight first, with ``unshard()`` of the module that was given to
         ``fully_shard``.
         """
         return self(features).argmax(dim=-1)
 
     def _rows(self) -> Tensor:
-        """Return the stored rows that this process has."""
+        """Return the stored rows of this rank."""
         return self.weight
 
     def _require_stored_weight(self) -> None:
-        """Refuse to write to a weight that is computed anew from other parameters at each use."""
+        """Check that the weight is stored and not computed from other parameters at each use."""
         if "weight" not in self._parameters and "weight" not in self._buffers:
             raise RuntimeError(
                 "weight must be a parameter of the layer to be written to, got one that is "
@@ -216,79 +216,24 @@ class PrototypeLayer(nn.Module):
         )
 
 
-@torch.no_grad()
-def product(features: Tensor, directions: Tensor) -> Tensor:
-    """Return what ``torch.nn.functional.linear`` does of two factors, without gradient."""
-    if not on_cpu(features) or type(features) is not Tensor:
-        return F.linear(features, directions)
-    dtype = product_dtype(features)
-    rows = features.flatten(0, -2).to(dtype)
-    scores = empty((len(rows), len(directions)), dtype, rows)
-    with autocast_disabled(features.device):
-        torch.mm(rows, directions.to(dtype).T, out=scores)
-    return scores.view(*features.shape[:-1], len(directions))
-
-
 def unit_rows(rows: Tensor, *, differentiate_norm: bool = True) -> Tensor:
-    """L2-normalise the last dimension in float32 or better; a zero row stays zero.
+    """L2-normalize the last dimension in float32 or better; a zero row stays zero.
 
-    ``torch.nn.functional.normalize`` will not do: its eps underflows in float16, a row of norm
+    ``torch.nn.functional.normalize`` does not fit: its eps underflows in float16, a row of norm
     1e-30 comes out short, and the gradient of a zero row is too large for half precision.
 
     Args:
         rows: (..., D).
-        differentiate_norm: Whether the norm has a gradient or counts as a constant.
+        differentiate_norm: Whether the norm has a gradient or is a constant.
 
     Returns:
         (..., D) unit rows in float32, or float64 for float64 input.
     """
     rows = rows.to(at_least_float32(rows.dtype))
-    if rows.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        unit: Tensor = _UnitRows.apply(rows, differentiate_norm)[0]  # type: ignore[no-untyped-call]
-        return unit
-    return _unit_rows(rows, differentiate_norm)[0]
-
-
-def _unit_rows(rows: Tensor, differentiate_norm: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the unit rows, and the two divisors (..., 1) of which they are the quotient."""
-    # Scaled by its largest entry first, so that no square over- or underflows. The scale is a
-    # constant: it cancels in the result.
+    # Divided by the largest entry first, so that no square over- or underflows. It cancels.
     constant = rows.detach()
     largest = torch.maximum(constant.amax(-1, keepdim=True), -constant.amin(-1, keepdim=True))
-    largest = torch.where(largest == 0, 1, largest)
-    scaled = rows / largest
-    norm = torch.linalg.vector_norm(
-        scaled if differentiate_norm else scaled.detach(), dim=-1, keepdim=True
-    )
-    norm = torch.where(norm == 0, torch.inf, norm)  # so the gradient of a zero row is 0
-    tracked = rows.requires_grad and torch.is_grad_enabled()
-    return scaled / norm if tracked else scaled.div_(norm), norm, largest
-
-
-class _UnitRows(torch.autograd.Function):
-    """What autograd makes of :func:`_unit_rows`, in fewer operations."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(rows: Tensor, differentiate_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
-        return _unit_rows(rows)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        rows, ctx.differentiate_norm = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(rows, *output)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None]:
-        rows, unit, norm, largest = ctx.saved_tensors
-        if ctx.differentiate_norm:
-            if torch.is_grad_enabled():  # for a second derivative
-                unit, norm, largest = _unit_rows(rows)
-            with autocast_disabled(gradient.device):  # a backward pass may run inside autocast
-                along = torch.linalg.vecdot(gradient, unit).unsqueeze(-1)
-            gradient = torch.addcmul(gradient, along, unit, value=-1)
-            if not torch.is_grad_enabled():
-                return gradient.div_(norm).div_(largest), None
-        return gradient / norm / largest, None
+    scaled = rows / torch.where(largest == 0, 1, largest)
+    differentiable = scaled if differentiate_norm else scaled.detach()
+    norm = torch.linalg.vector_norm(differentiable, dim=-1, keepdim=True)
+    return scaled / torch.where(norm == 0, torch.inf, norm)  # the gradient of a zero row is 0

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from swavkit import _checks
-from swavkit._autograd import LossOfFactors, LossOfScores
+from swavkit._autograd import attach_gradients
 from swavkit._tensors import at_least_float32, autocast_disabled, on_cpu, scaled_sum, traceable
 
 __all__ = ["SwappedPredictionLoss", "swapped_prediction_loss"]
@@ -100,10 +100,7 @@ def swapped_prediction_loss(
     loss, factor = _loss_and_factor(
         list(residuals[0]) if isinstance(scores, Tensor) else residuals, *terms
     )
-    attached: Tensor = LossOfScores.apply(  # type: ignore[no-untyped-call]
-        loss, factor, *residuals, *given
-    )
-    return attached
+    return attach_gradients(loss, factor, residuals, given)
 
 
 class SwappedPredictionLoss(nn.Module):
@@ -150,44 +147,6 @@ class SwappedPredictionLoss(nn.Module):
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
         return f"temperature={self.temperature}"
-
-
-def loss_of_factors(
-    features: Tensor,
-    directions: Tensor,
-    scores: Tensor,
-    codes: Tensor,
-    *,
-    temperature: float,
-    sample_weight: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
-    """Return the loss of ``scores`` as a function of the factors whose product they are.
-
-    The gradient of the scores, a matrix of their size, is never formed: the residual is multiplied
-    with the factors, and what is left of the gradient with the small results.
-
-    Args:
-        features: (V, B, D), floating.
-        directions: (K, D), floating.
-        scores: (V, B, K), their product, without gradient; float32 or better, or bfloat16. In
-            float16 the features times their factor would underflow.
-        codes: (A, B, K).
-        temperature: τ.
-        sample_weight: (B,), or ``None``. The ``features`` of a sample of weight 0 must be finite.
-        residual: (V, B, K) memory in the dtype of the scores, to be overwritten; it may be that of
-            ``scores`` itself. New memory if ``None``.
-    """
-    terms = list(scores), list(codes), temperature, sample_weight
-    if not (torch.is_grad_enabled() and (features.requires_grad or directions.requires_grad)):
-        return _loss_and_factor(None, *terms)[0]
-    if residual is None:
-        residual = torch.empty_like(scores)
-    loss, factor = _loss_and_factor(list(residual), *terms)
-    attached: Tensor = LossOfFactors.apply(  # type: ignore[no-untyped-call]
-        loss, factor, residual, features, directions
-    )
-    return attached
 
 
 def prediction_error(
@@ -242,7 +201,7 @@ def _loss_and_factor(
     ``residuals`` (B, K), one for each view, are overwritten.
     """
     with torch.no_grad(), autocast_disabled(scores[0].device):
-        share = shares(sample_weight, scores[0])
+        share = normalized_weights(sample_weight, scores[0])
         errors, scales = torch.empty_like(share), torch.empty_like(share)
         inverse_temperature = 1 / traceable(temperature, share.device)
         for rows in _blocks(scores[0]):
@@ -257,7 +216,7 @@ def _loss_and_factor(
         return (share * errors).sum(), (share * -inverse_temperature / scales).unsqueeze(-1)
 
 
-def shares(sample_weight: Tensor | None, like: Tensor) -> Tensor:
+def normalized_weights(sample_weight: Tensor | None, like: Tensor) -> Tensor:
     """Return what part of the mean each of the samples of ``like`` (B, ...) is, (B,)."""
     samples, dtype = len(like), at_least_float32(like.dtype)
     if sample_weight is None:

@@ -10,16 +10,24 @@ from torch import Tensor, nn
 
 from swavkit import _checks
 from swavkit._activation_checkpointing import Recomputation, keeping_what_it_saves
-from swavkit._details import SwAVDetails
-from swavkit._head_losses import losses_of_heads
+from swavkit._head_losses import Batch, SwAVDetails, head_losses
 from swavkit._own_state import OwnState
-from swavkit._record import ADVICE, record
 from swavkit._tensors import at_least_float32, autocast_disabled
-from swavkit.distributed.agreement import Agreement
-from swavkit.distributed.collectives import device_for, participants, share_of_mean, sum_over_ranks
+from swavkit.distributed.agreement import Agreement, checksum
+from swavkit.distributed.collectives import (
+    device_for,
+    is_sharded,
+    participants,
+    share_of_mean,
+    sum_over_ranks,
+)
 from swavkit.feature_queue import FeatureQueue
 from swavkit.prototypes import PrototypeLayer, unit_rows
-from swavkit.sharded.prototypes import ShardedPrototypeLayer, layer_class, losses_of_shards
+from swavkit.sharded.prototypes import (
+    ShardedPrototypeLayer,
+    layer_class,
+    sharded_head_losses,
+)
 from swavkit.sinkhorn.module import SinkhornKnopp
 from swavkit.swapped_prediction import SwappedPredictionLoss
 
@@ -35,7 +43,19 @@ if TYPE_CHECKING:
         def __getitem__(self, index: int) -> PrototypeLayer: ...  # type: ignore[override]
 
 
-__all__ = ["SwAVDetails", "SwAVLoss"]
+__all__ = ["SwAVLoss"]
+
+
+_COMPARED_HEADS = 8  # whose sizes are compared one by one; those of more by their sum
+
+_ONE_BY_ONE = "whether heads get their codes one by one"
+
+_ADVICE = {
+    _ONE_BY_ONE: "they do where sinkhorn is replaced or has hooks, which must be so on all ranks",
+    "steps": "load a checkpoint on every process",
+    "the checksum of the prototypes": "wrap SwAVLoss in DistributedDataParallel or fully_shard, "
+    "alone or inside the model: left bare, each process trains prototypes of its own",
+}
 
 
 class SwAVLoss(OwnState):
@@ -250,37 +270,22 @@ class SwAVLoss(OwnState):
             group = _checks.instance("sinkhorn", self.sinkhorn, SinkhornKnopp)._participants()
         repeated = self._recomputation.detected(self.queue, self.freeze_steps, return_details)
         if not repeated:
-            self._agreement.require(self._record, group, views[0].device, advice=ADVICE)
+            self._agreement.require(self._record, group, views[0].device, advice=_ADVICE)
 
-        together = features
-        if not isinstance(together, Tensor):
-            with autocast_disabled(views[0].device):  # which would not stack half precisions
-                together = torch.stack(views)  # (V, B, D)
-        around = None
-        if sample_weight is not None:
-            # An absent sample may hold NaN. In the product that would reach every gradient, as
-            # 0 · NaN, so it goes around the product.
-            finite = together.detach().isfinite().all(dim=-1, keepdim=True)
-            around = (sample_weight == 0).unsqueeze(-1) & ~finite  # (V, B, 1)
-            together = together.masked_fill(around, 0)
-        shards = isinstance(heads[0], ShardedPrototypeLayer)
-        own = rider = None
-        if self.reduction == "global_mean" and group is not None:
-            weights = together.new_ones(len(views[0])) if sample_weight is None else sample_weight
-            own = weights.detach().sum(dtype=at_least_float32(together.dtype))
-            rider = own.clone()  # to be summed over the processes along with the first codes
-            if shards:
-                rider = sum_over_ranks(rider, group)
-        if shards:
-            parts = losses_of_shards(self, heads, together, sample_weight, group, return_details)
+        batch = self._batch(features, views, sample_weight)
+        parts = batch, heads, self.sinkhorn, self.loss
+        if isinstance(heads[0], ShardedPrototypeLayer):
+            results = sharded_head_losses(*parts, group, memory=self.memory, details=return_details)
         else:
-            parts = losses_of_heads(
-                self, heads, together, around, sample_weight, rider, return_details
+            results = head_losses(*parts, memory=self.memory, details=return_details)
+        losses = [result.loss for result in results]
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        if self.reduction == "global_mean" and group is not None:
+            weight = batch.features.new_ones(len(views[0]))
+            own = (weight if sample_weight is None else sample_weight.detach()).sum(
+                dtype=at_least_float32(weight.dtype)
             )
-        losses, details = zip(*parts, strict=True)
-        loss: Tensor = losses[0] if len(heads) == 1 else torch.stack(losses).mean()
-        if own is not None and rider is not None:
-            loss = loss * share_of_mean(own, rider, group)
+            loss = loss * share_of_mean(own, sum_over_ranks(own.clone(), group), group)
 
         if self.training and not repeated:
             if self.queue is not None:
@@ -290,10 +295,42 @@ class SwAVLoss(OwnState):
             self.steps.add_(1)
         if not return_details:
             return loss
+        details = tuple(result.details for result in results if result.details is not None)
         return loss, details if isinstance(self.prototypes, nn.ModuleList) else details[0]
 
     if TYPE_CHECKING:
         __call__ = forward  # nn.Module's returns anything
+
+    def _batch(
+        self,
+        features: Tensor | Sequence[Tensor],
+        views: list[Tensor],
+        sample_weight: Tensor | None,
+    ) -> Batch:
+        together = features
+        if not isinstance(together, Tensor):
+            with autocast_disabled(views[0].device):  # which does not stack half precisions
+                together = torch.stack(views)  # (V, B, D)
+        nan_rows = None
+        if sample_weight is not None:
+            # An absent sample may hold NaN, which the product would spread to every gradient as
+            # 0 · NaN. Its features become zeros here, and its scores NaN again.
+            finite = together.detach().isfinite().all(dim=-1, keepdim=True)
+            nan_rows = (sample_weight == 0).unsqueeze(-1) & ~finite  # (V, B, 1)
+            together = together.masked_fill(nan_rows, 0)
+        queued = queue_mask = None
+        if self.queue is not None:
+            queued = self.queue.features
+            queue_mask = self.queue.valid & (self.steps >= self.queue_start)
+        return Batch(
+            features=together,
+            nan_rows=nan_rows,
+            num_code_views=self.num_code_views,
+            sample_weight=sample_weight,
+            queued=queued,
+            queue_mask=queue_mask,
+            frozen=self.steps < self.freeze_steps if self.freeze_steps else None,
+        )
 
     def check_ranks(self) -> None:
         """Compare settings and prototypes with those of the other processes, which must all call.
@@ -307,7 +344,7 @@ class SwAVLoss(OwnState):
         sinkhorn = _checks.instance("sinkhorn", self.sinkhorn, SinkhornKnopp)
         group = participants(sinkhorn.process_group, True)
         device = device_for(group, self.steps.device)
-        self._agreement.require(self._record, group, device, advice=ADVICE, again=True)
+        self._agreement.require(self._record, group, device, advice=_ADVICE, again=True)
 
     def _check_settings(self) -> None:
         """Refuse bad settings, at construction and where they were changed since."""
@@ -318,7 +355,30 @@ class SwAVLoss(OwnState):
         _checks.choice("reduction", self.reduction, ("mean", "global_mean"))
 
     def _record(self) -> dict[str, Any]:
-        return record(self, self._heads(), self.sinkhorn, SinkhornKnopp)
+        """Return what must be the same on all ranks, as ``agreement.py`` compares it."""
+        heads = self._heads()
+        sizes: list[int | None] = [head.num_prototypes for head in heads[:_COMPARED_HEADS]]
+        sizes += [None] * (_COMPARED_HEADS - len(sizes))
+        # Shards of prototypes are parts of one matrix: there is nothing to compare.
+        checksums = [checksum(head.weight) for head in heads if not is_sharded(head.weight)]
+        return {
+            "the number of heads": len(heads),
+            "num_prototypes": sum(head.num_prototypes for head in heads),
+            **{f"num_prototypes[{head}]": size for head, size in enumerate(sizes)},
+            "the dtype of the prototypes": heads[0].weight.dtype,
+            "feature_dim": heads[0].feature_dim,
+            "num_code_views": self.num_code_views,
+            "temperature": getattr(self.loss, "temperature", None),
+            "queue_start": self.queue_start,
+            "freeze_steps": self.freeze_steps,
+            "reduction='global_mean'": self.reduction == "global_mean",
+            "steps": self.steps,
+            **self.sinkhorn._settings()._asdict(),
+            _ONE_BY_ONE: len(heads) > 1 and not _checks.is_plainly(self.sinkhorn, SinkhornKnopp),
+            "the checksum of the prototypes": checksum(torch.stack(checksums).unsqueeze(1))
+            if checksums
+            else None,
+        }
 
     def _heads(self) -> list[PrototypeLayer]:
         several = isinstance(self.prototypes, nn.ModuleList)

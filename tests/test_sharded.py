@@ -26,7 +26,7 @@ def codes_of(
         scores.shape[-1],
         epsilon=problem.epsilon,
         iterations=problem.iterations,
-        graded=weight is not None and weight.dtype != bool,
+        fractional=weight is not None and weight.dtype != bool,
         group=None,
     )
     assert codes.dtype == torch.promote_types(dtype, torch.float32)
@@ -92,7 +92,7 @@ def test_a_sample_with_a_score_that_is_not_finite_has_a_code_of_nan_and_no_part(
 
 def test_codes_where_nobody_is() -> None:
     scores = torch.tensor([[[0.0, 0.1, 0.3]]], dtype=torch.float64)
-    settings = {"epsilon": 0.1, "iterations": 3, "graded": False, "group": None}
+    settings = {"epsilon": 0.1, "iterations": 3, "fractional": False, "group": None}
     assert sharded_codes(scores[:, :0], torch.ones(0), 3, **settings).shape == (1, 0, 3)
     absent = sharded_codes(scores, torch.zeros(1), 3, **settings)
     torch.testing.assert_close(absent, (scores / 0.1).softmax(dim=-1))
@@ -102,25 +102,21 @@ def test_codes_where_nobody_is() -> None:
 def test_losses_and_gradients_are_those_of_the_oracle(
     problem: LossProblem, data: st.DataObject
 ) -> None:
-    """The scores are a product of features with prototypes that is known to be the scores."""
-    _, samples, prototypes = problem.scores.shape
+    samples = problem.scores.shape[1]
     weight = np.array(
         data.draw(st.lists(st.sampled_from([0.0, 0.5, 2]), min_size=samples, max_size=samples))
     )
     share = weight / max(weight.sum(), 1)
-    features = torch.tensor(problem.scores, requires_grad=True)
-    directions = torch.eye(prototypes, dtype=torch.float64, requires_grad=True)
+    scores = torch.tensor(problem.scores, requires_grad=True)
     losses = sharded_losses(
-        features,
-        directions,
-        features.detach(),
+        scores,
         torch.tensor(problem.codes),
         torch.tensor(share),
         temperature=problem.temperature,
         group=None,
     )
     assert losses.shape == (samples, 1)
-    gradients = torch.autograd.grad(losses.sum(), (features, directions))
+    (gradient,) = torch.autograd.grad(losses.sum(), scores)
     expected = np.zeros_like(problem.scores)
     for sample in range(samples):
         one = slice(sample, sample + 1)
@@ -128,6 +124,4 @@ def test_losses_and_gradients_are_those_of_the_oracle(
         loss = share[sample] * oracles.loss(*terms)
         np.testing.assert_allclose(losses[sample].detach().numpy(), loss, rtol=1e-10, atol=1e-12)
         expected[:, one] = share[sample] * oracles.loss_gradient(*terms)
-    np.testing.assert_allclose(gradients[0].numpy(), expected, rtol=0, atol=1e-10)
-    to_directions = np.einsum("vbk,vbd->kd", expected, problem.scores)
-    np.testing.assert_allclose(gradients[1].numpy(), to_directions, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(gradient.numpy(), expected, rtol=0, atol=1e-10)

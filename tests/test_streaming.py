@@ -47,7 +47,10 @@ def memory_for_p(criterion: SwAVLoss, samples: int, missing: int = 0) -> Iterato
     queued = criterion.queue.length if criterion.queue else 0
     dtype = torch.promote_types(next(criterion.parameters()).dtype, torch.float32)
     size = criterion.num_code_views * (samples + queued) * prototypes * dtype.itemsize
-    with patch.object(_head_losses, "_BYTES_OF_FULL_MEMORY", size - missing):
+    with (
+        patch.object(_head_losses, "SCORES_OF_CALLED_PARTS", 0),
+        patch.object(_head_losses, "_BYTES_OF_KEPT_KERNELS", size - missing),
+    ):
         yield
 
 
@@ -448,46 +451,37 @@ def test_gradients_of_very_many_features_add_up(
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The streamed losses that are computed."""
     seen = []
-    original = _head_losses.streamed_losses
+    original = _head_losses.fused_losses
 
     def spy(*inputs: Any, **settings: Any) -> list[Tensor]:
         losses = original(*inputs, **settings)
         seen.extend(losses)
         return losses
 
-    monkeypatch.setattr(_head_losses, "streamed_losses", spy)
+    monkeypatch.setattr(_head_losses, "fused_losses", spy)
     return seen
 
 
 @pytest.mark.parametrize("memory", ["full", "streamed", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_auto_streams_where_the_scores_are_larger_than_a_limit(
+def test_auto_is_fused_where_there_are_more_scores_than_a_limit(
     calls: list[Tensor], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, memory: str
 ) -> None:
     criterion = SwAVLoss(DIMENSION, (5, 7), memory=memory).to(dtype)
-    bytes_of_one = max(4, dtype.itemsize)  # of codes, and of what they are computed in
-    # Scores of 3 views and codes of 2, whose scores are copied where they are in half precision.
-    rows = 8 * (3 + 2 + 2 * (dtype == torch.float16))
-    # All heads together: neither is too large by itself.
-    for entries, streams in [(rows * (5 + 7) - 1, 2), (rows * (5 + 7), 0)]:
-        monkeypatch.setattr(_head_losses, "_BYTES_OF_FULL_MEMORY", entries * bytes_of_one)
+    scores = 3 * 8 * (5 + 7)  # of all heads together: neither has too many by itself
+    for limit, fused in [(scores - 1, 2), (scores, 0)]:
+        monkeypatch.setattr(_head_losses, "SCORES_OF_CALLED_PARTS", limit)
         for values in (0.0, 1.0, math.nan):
             calls.clear()
             criterion(torch.full((3, 8, DIMENSION), values, dtype=dtype))
-            assert len(calls) == {"full": 0, "streamed": 2, "auto": streams}[memory]
+            assert len(calls) == {"full": 0, "streamed": 2, "auto": fused}[memory]
 
 
-def test_auto_counts_the_scores_of_the_queue(
-    calls: list[Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    criterion = SwAVLoss(DIMENSION, PROTOTYPES, queue_length=100)
-    # Scores of 3 views, of the queue, and of 2 code views and the queue put together; their codes.
-    entries = (3 * 8 + 2 * 100 + 2 * (8 + 100) + 2 * (8 + 100)) * PROTOTYPES
-    for limit, streams in [(entries - 1, True), (entries, False)]:
-        monkeypatch.setattr(_head_losses, "_BYTES_OF_FULL_MEMORY", 4 * limit)
-        calls.clear()
-        criterion(features_of(dtype=torch.float32))
-        assert bool(calls) == streams
+@pytest.mark.parametrize(("memory", "fused"), [("full", 0), ("streamed", 1), ("auto", 1)])
+def test_auto_is_fused_with_a_queue(calls: list[Tensor], memory: str, fused: int) -> None:
+    criterion = SwAVLoss(DIMENSION, PROTOTYPES, queue_length=1, memory=memory)
+    criterion(features_of(dtype=torch.float32))
+    assert len(calls) == fused
 
 
 @pytest.mark.parametrize(("bytes_missing", "products"), [(0, 3 + 4), (1, 4 * 3 + 4)])
@@ -510,7 +504,9 @@ def test_auto_computes_no_score_of_the_codes_again_where_p_fits(
     assert len(made) == products
 
 
-def test_by_default_a_small_loss_is_full_and_a_large_one_streamed(calls: list[Tensor]) -> None:
+def test_by_default_small_losses_call_the_parts_and_large_ones_are_fused(
+    calls: list[Tensor],
+) -> None:
     with torch.device("meta"):
         for prototypes, streams in [(3_000, False), (1_000_000, True)]:
             calls.clear()
@@ -568,7 +564,7 @@ def hooked(module: nn.Module) -> nn.Module:
 def test_where_somebody_looks_at_the_parts_auto_is_full_and_streamed_an_error(
     calls: list[Tensor], monkeypatch: pytest.MonkeyPatch, looker: str
 ) -> None:
-    monkeypatch.setattr(_head_losses, "_BYTES_OF_FULL_MEMORY", 0)
+    monkeypatch.setattr(_head_losses, "SCORES_OF_CALLED_PARTS", 0)
     criterion = SwAVLoss(DIMENSION, PROTOTYPES, queue_length=10, memory="streamed").double()
     criterion(features_of())
     assert len(calls) == 1

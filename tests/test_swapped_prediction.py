@@ -353,53 +353,6 @@ def test_a_finite_mask_forbids_prototypes(
     torch.testing.assert_close(gradient[..., masked:], expected[1], rtol=0, atol=1e-3)
 
 
-# The gradient that goes to the factors of the scores
-
-
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("views", "code_views"), [(2, 1), (3, 2), (4, 3)])
-def test_factors_get_the_gradient_that_the_scores_would_pass_on(
-    device: torch.device, views: int, code_views: int, weighted: bool, in_place: bool
-) -> None:
-    options = {"dtype": torch.float64, "device": device}
-    features = torch.randn(views, 6, 3, **options, requires_grad=True)
-    directions = torch.randn(5, 3, **options, requires_grad=True)
-    codes = torch.rand(code_views, 6, 5, **options)
-    settings = {
-        "temperature": 0.3,
-        "sample_weight": torch.tensor([1, 0, 2, 1, 0.5, 1], **options) if weighted else None,
-    }
-    expected = swapped_prediction_loss(features @ directions.T, codes, **settings)
-    scores = (features @ directions.T).detach()
-    untouched = scores.clone()
-    loss = swapped_prediction.loss_of_factors(
-        features, directions, scores, codes, **settings, residual=scores if in_place else None
-    )
-    assert torch.equal(loss, expected)
-    assert torch.equal(scores, untouched) != in_place
-    wanted = torch.autograd.grad(3 * expected, [features, directions])
-    for _ in range(2):
-        found = torch.autograd.grad(3 * loss, [features, directions], retain_graph=True)
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
-    with pytest.raises(RuntimeError, match="has no second derivative"):
-        torch.autograd.grad(loss, directions, create_graph=True)
-
-
-@pytest.mark.parametrize("leaf", [0, 1])
-def test_one_factor_alone_may_want_a_gradient(leaf: int) -> None:
-    factors = [torch.randn(3, 6, 2), torch.randn(5, 2)]
-    factors[leaf].requires_grad_()
-    scores = factors[0] @ factors[1].T
-    codes = torch.rand(2, 6, 5)
-    expected = torch.autograd.grad(swapped_prediction_loss(scores, codes), factors[leaf])
-    loss = swapped_prediction.loss_of_factors(
-        *factors, scores.detach(), codes, temperature=0.1, sample_weight=None, residual=None
-    )
-    found = torch.autograd.grad(loss, factors[leaf])
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-
-
 def test_no_input_changes(device: torch.device) -> None:
     problem = problem_of()
     scores = torch.tensor(problem.scores, device=device)

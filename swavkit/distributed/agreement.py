@@ -1,7 +1,4 @@
-"""Settings compared across processes, before anything whose size depends on them.
-
-It knows no setting by name. One process has nobody to differ from.
-"""
+"""Checks that settings, of any kind, are the same on all ranks; a no-op on one rank."""
 
 from __future__ import annotations
 
@@ -21,9 +18,9 @@ from swavkit.distributed.collectives import global_ranks, rank_and_size, sum_ove
 if TYPE_CHECKING:
     from swavkit.distributed.collectives import ProcessGroup
 
-_RECORD = 32  # numbers in a record of settings, the first of them for their names
+_RECORD_SIZE = 32  # numbers in a record; the first is a checksum of the names
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of an entry
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by item size in bytes
 
 
 def require_same(
@@ -33,70 +30,70 @@ def require_same(
     *,
     advice: Mapping[str, str] | None = None,
 ) -> None:
-    """Raise the same error on all processes of the group if a setting differs between them.
+    """Raise the same error on all ranks of the group if a setting differs between them.
 
-    The values travel in one sum of a fixed size, whatever they are and however many, so that it can
-    come before collectives that would hang or mix up numbers if their sizes differed. Waits for the
-    device.
+    All settings are sent in one all-reduce of fixed size. It is therefore safe before collectives
+    that would hang or mix up values if their sizes differed. Synchronizes with the device.
 
     Args:
         record: At most 31 settings by name: numbers, bools, ``None``, floating dtypes, or scalar
-            tensors of whole numbers up to 2^53, such as a :func:`checksum`.
-        group: The processes; ``None`` has nobody to differ from.
-        device: Where the group's tensors live.
-        advice: For some of the settings what to do about it, said after the values.
+            tensors of integers up to 2^53, such as a :func:`checksum`.
+        group: The process group; nothing is compared if ``None``.
+        device: The device of the group's tensors.
+        advice: Hints by setting name, appended to the error message.
 
     Raises:
-        ValueError: If a setting differs; the text names it and all values with their ranks.
+        ValueError: If a setting differs. The message has its name, and all values with their ranks.
     """
-    if len(record) >= _RECORD:
-        raise ValueError(f"record must have fewer than {_RECORD} settings, got {len(record)}")
+    if len(record) >= _RECORD_SIZE:
+        raise ValueError(f"record must have fewer than {_RECORD_SIZE} settings, got {len(record)}")
     if group is None:
         return
     names = zlib.crc32("\n".join(record).encode())
     numbers = [names, *map(_encoded, record.values())]
-    own = torch.zeros(_RECORD, dtype=torch.float64, device=device)
+    own = torch.zeros(_RECORD_SIZE, dtype=torch.float64, device=device)
     own[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     for index, value in enumerate(record.values(), start=1):
         if isinstance(value, Tensor):
             own[index] = value
     rank, size = rank_and_size(group)
-    table = own.new_zeros(size, _RECORD)
+    table = own.new_zeros(size, _RECORD_SIZE)
     table[rank] = own
-    of_names, *columns = sum_over_ranks(table, group).T.tolist()  # every backend has sums
+    name_checksums, *columns = sum_over_ranks(table, group).T.tolist()  # every backend can sum
 
     ranks = global_ranks(group)
-    if len(set(of_names)) > 1:
+    if len(set(name_checksums)) > 1:
         raise ValueError(
             "all processes of a group must call the same module of the same version, got "
-            + _with_ranks([f"settings no. {int(number):08x}" for number in of_names], ranks)
+            + _with_ranks([f"settings no. {int(number):08x}" for number in name_checksums], ranks)
         )
-    breaches = []
+    differences = []
     for (name, own_value), column in zip(record.items(), columns, strict=False):
         values = [_decoded(number, own_value) for number in column]
         if len(set(values)) > 1:
-            breaches.append(
+            differences.append(
                 f"{name} must be the same on all processes, got {_with_ranks(values, ranks)}"
                 + (f"; {advice[name]}" if advice and name in advice else "")
             )
-    if breaches:
-        raise ValueError("\n".join(breaches))
+    if differences:
+        raise ValueError("\n".join(differences))
 
 
 class Agreement:
-    """Whether a module's settings have been compared over its group: at its first eager calls.
+    """Compares a module's settings over its process group at its first eager calls.
 
-    The mark lives here and not in the module, is neither read nor set while torch.compile traces,
-    and so is guarded by no compiled graph. A copy, a loaded module and another group compare anew.
+    The call count is kept here rather than in the module. It is not accessed while torch.compile
+    traces, so no compiled graph guards on it. A copied or loaded module, or one with another group,
+    compares again.
 
     Args:
-        repeatedly: Whether to compare at the first eager call only, or at the 2nd, 4th, 8th and so
-            on too: for what drifts apart in training, at once, or late because it is frozen first.
+        repeatedly: Whether to compare again at the 2nd, 4th, 8th, ... eager call, for values that
+            can drift apart in training, possibly late because they are frozen first.
     """
 
     def __init__(self, *, repeatedly: bool = False) -> None:
         self._repeatedly = repeatedly
-        self._calls = 0  # those with nothing to complain of
+        self._calls = 0  # eager calls without an error
         self._group: Callable[[], ProcessGroup | None] = lambda: None
 
     def require(
@@ -108,10 +105,11 @@ class Agreement:
         advice: Mapping[str, str] | None = None,
         again: bool = False,
     ) -> None:
-        """Call :func:`require_same` if it is time to, or in any case if ``again``.
+        """Call :func:`require_same` if a comparison is due, or always if ``again``.
 
-        ``record`` is called only then. Nothing happens in a group of ``None``, and, unless
-        ``again``, under torch.compile and while a CUDA graph is captured, which must not wait.
+        ``record`` is called only for a comparison. A group of ``None`` compares nothing. Unless
+        ``again``, comparisons are skipped under torch.compile and during CUDA graph capture, which
+        does not allow synchronization.
         """
         if group is None or (not again and (torch.compiler.is_compiling() or capturing(device))):
             return
@@ -131,10 +129,11 @@ class Agreement:
 
 
 def checksum(values: Tensor) -> Tensor:
-    """Return a whole number below 2^52 made of the bits of (N, M) values and the order of rows.
+    """Return an integer below 2^52 computed from the bits and the row order of (N, M) values.
 
-    It is exact, in whatever order a device sums: equal values give equal numbers everywhere, and
-    values that differ anywhere practically never do. Nothing is read from the device.
+    The arithmetic is exact, so equal values give equal checksums in any order of summation.
+    Different values almost never do, unless entries only trade places within a row. Does not
+    synchronize with the device.
     """
     bits = values.detach().contiguous().view(_BITS[values.element_size()])
     of_rows = bits.sum(dim=1, dtype=torch.int64)
@@ -151,7 +150,7 @@ def _encoded(value: Any) -> float:
 
 
 def _decoded(number: float, own: Any) -> str:
-    """Return the text of a value; the one of this process says what kind it is."""
+    """Format a received value, using the type of this rank's ``own`` value."""
     if math.isnan(number):
         return "None"
     if isinstance(own, torch.dtype):
@@ -162,7 +161,7 @@ def _decoded(number: float, own: Any) -> str:
 
 
 def _with_ranks(values: Sequence[str], ranks: Sequence[int]) -> str:
-    """Say which value is on which ranks: "3 on rank 0 and 5 on ranks 1, 2"."""
+    """List the values with their ranks: "3 on rank 0 and 5 on ranks 1, 2"."""
     parts = []
     for value in dict.fromkeys(values):
         on = [str(rank) for rank, theirs in zip(ranks, values, strict=True) if theirs == value]

@@ -1,7 +1,6 @@
-"""The one file that talks to other processes.
+"""All communication between ranks.
 
-It knows groups, reductions and nothing of the method. ``None`` as a group means "this process
-alone", for which every reduction is the identity.
+A group of ``None`` stands for a single rank, for which every reduction is the identity.
 """
 
 from __future__ import annotations
@@ -15,21 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if TYPE_CHECKING:  # for the annotations of others
+if TYPE_CHECKING:  # re-exported for annotations in other modules
     from torch.distributed import ProcessGroup as ProcessGroup
     from torch.distributed.checkpoint.storage import StorageReader as StorageReader
 
 
 class GroupHandle:
-    """A module's process group, as a module can keep it.
+    """A reference to a process group that can be deep-copied and pickled with a module.
 
-    A ``ProcessGroup`` can be neither deep-copied nor pickled. A deep copy of the handle shares the
-    group. Pickling drops a group that was given explicitly: using the loaded module is then an
-    error until it gets a group again, because falling back to the default group would silently
-    change who takes part.
+    A ``ProcessGroup`` itself supports neither. A deep copy of the handle shares the group. Pickling
+    drops an explicit group. The loaded module then raises an error until a new group is set,
+    because falling back to the default group would silently change the participating ranks.
 
     Args:
-        group: The group, or ``None`` for the default one, looked up at each use.
+        group: The process group; if ``None``, the default group, looked up at each use.
     """
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
@@ -59,15 +57,15 @@ class GroupHandle:
 
 
 def participants(group: ProcessGroup | None, synchronize: bool) -> ProcessGroup | None:
-    """Return the group to reduce over, or ``None`` if this process works alone.
+    """Return the group to reduce over, or ``None`` if this rank works alone.
 
     Args:
-        group: A group, or ``None`` for the default group of an initialised job.
-        synchronize: Whether to reduce over other processes at all.
+        group: A process group; if ``None``, the default group of an initialized job.
+        synchronize: Whether to reduce over ranks at all.
 
     Raises:
-        TypeError: If ``group`` is something else.
-        ValueError: If this process is not a member of ``group``.
+        TypeError: If ``group`` is neither a process group nor ``None``.
+        ValueError: If this rank is not a member of ``group``.
     """
     _require_group(group)
     if not (synchronize and dist.is_available() and dist.is_initialized()):
@@ -87,26 +85,26 @@ def sum_over_ranks(values: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def share_of_mean(own: Tensor, total: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Return what makes of a process's mean its part of the mean over all samples of the group.
+    """Return the factor by which a rank scales its mean before means are averaged over ranks.
 
-    The average over processes of all means times this is the mean over all samples. It is 0 for a
-    process without samples.
+    The average of the scaled means is the mean over all samples of the group. The factor is 0 for a
+    rank without samples.
 
     Args:
-        own: How many samples this process has, or their summed weight.
+        own: The number of samples of this rank, or the sum of their weights.
         total: The sum of ``own`` over the group.
-        group: The processes.
+        group: The process group.
     """
     return own * rank_and_size(group)[1] / torch.where(total == 0, 1, total)
 
 
 def max_over_ranks(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Return the largest of ``values`` over the group; may overwrite ``values``."""
+    """Return the maximum of ``values`` over the group; may overwrite ``values``."""
     return _reduce(values, "MAX", group)
 
 
 def gather_over_ranks(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Return the ``values`` of every process of the group, stacked in a new first dimension."""
+    """Return the ``values`` of all ranks of the group, stacked in a new first dimension."""
     if group is None:
         return values.unsqueeze(0)
     gathered = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
@@ -119,13 +117,13 @@ def in_one_collective(
     several: Sequence[Tensor],
     group: ProcessGroup | None,
 ) -> list[Tensor]:
-    """Return what a reduction gives for each of the tensors, having sent them together.
+    """Reduce several tensors in one collective.
 
     Args:
         reduction: :func:`sum_over_ranks`, :func:`max_over_ranks` or :func:`gather_over_ranks`.
-        several: Tensors of any shapes, one at least, which may be overwritten. They travel in the
-            widest of their dtypes and come back in their own.
-        group: The processes.
+        several: At least one tensor, of any shapes; may be overwritten. The tensors are sent in
+            their promoted dtype, and each result has the dtype of its tensor.
+        group: The process group.
     """
     if len(several) == 1:
         return [reduction(several[0], group)]
@@ -140,14 +138,14 @@ def in_one_collective(
 
 
 def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
-    """Return the place of this process in the group, and the number of processes."""
+    """Return the rank of this process in the group, and the number of ranks."""
     return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
 
 def device_for(group: ProcessGroup | None, preferred: torch.device) -> torch.device:
-    """Return a device from which the group can send: ``preferred``, unless it cannot.
+    """Return ``preferred`` if the group supports it, otherwise a device that it supports.
 
-    A group of NCCL alone takes no tensors of the CPU, where a module still is before it is moved.
+    A group with only NCCL supports no CPU tensors, and a module is on the CPU until it is moved.
     """
     if group is None:
         return preferred
@@ -156,25 +154,25 @@ def device_for(group: ProcessGroup | None, preferred: torch.device) -> torch.dev
 
 
 def global_ranks(group: ProcessGroup) -> list[int]:
-    """Return the ranks that the group's processes have in the whole job."""
+    """Return the global ranks of the group's members."""
     return dist.get_process_group_ranks(group)
 
 
 def is_sharded(values: Tensor) -> bool:
-    """Tell whether this process may hold only a part of ``values``, a ``DTensor``."""
-    return hasattr(values, "device_mesh")  # the class takes longer to import than this package
+    """Return whether ``values`` is a ``DTensor``, of which this rank may hold only a part."""
+    return hasattr(values, "device_mesh")  # importing DTensor takes longer than this package
 
 
 def shard_of(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Return the tensor whose row r is the ``values`` of process r, each holding its own row.
+    """Stack the ``values`` of all ranks in a new first dimension, sharded over that dimension.
 
-    It is a ``DTensor`` sharded over its first dimension, which shares the memory of ``values``; for
-    one process it is a view of ``values``.
+    The result is a ``DTensor`` that shares the memory of ``values``; on one rank, a view of
+    ``values``.
     """
     own = values.unsqueeze(0)
     if group is None:
         return own
-    # Not at the top of the file: it takes longer to import than all of this package.
+    # Imported here because DTensor takes longer to import than all of this package.
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Shard
 
@@ -183,7 +181,7 @@ def shard_of(values: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def own_row(values: Tensor, group: ProcessGroup | None) -> Tensor | None:
-    """Return this process's row of what :func:`shard_of` returned; ``None`` for other tensors."""
+    """Return this rank's row of a result of :func:`shard_of`; ``None`` for other tensors."""
     if group is None:
         return values[0] if len(values) == 1 else None
     from torch.distributed.tensor import DTensor
@@ -192,18 +190,19 @@ def own_row(values: Tensor, group: ProcessGroup | None) -> Tensor | None:
 
 
 def rows_of(number: int, rank: int, size: int) -> slice:
-    """Return which of ``number`` rows are on a process, as ``Shard(0)`` deals them out.
+    """Return the slice of ``number`` rows that ``Shard(0)`` places on a rank.
 
-    All processes have as many but for the last ones, which have fewer or none.
+    Each rank has ``number / size`` rows, rounded up; the last ranks have fewer or none.
     """
-    most = -(-number // size)
-    return slice(min(rank * most, number), min((rank + 1) * most, number))
+    rows_per_rank = -(-number // size)
+    return slice(min(rank * rows_per_rank, number), min((rank + 1) * rows_per_rank, number))
 
 
 def sharded(own: Tensor, dim: int, number: int, group: ProcessGroup) -> Tensor:
-    """Return the ``DTensor`` of ``number`` entries along ``dim``, some of them this process's own.
+    """Return a ``DTensor`` with ``number`` entries along ``dim``, given this rank's ``own`` part.
 
-    It shares the memory of ``own``, if that is contiguous. They must lie as :func:`rows_of` says.
+    It shares the memory of ``own`` if that is contiguous. ``own`` must be the part that
+    :func:`rows_of` gives.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Shard
@@ -217,7 +216,7 @@ def sharded(own: Tensor, dim: int, number: int, group: ProcessGroup) -> Tensor:
 
 
 def local_part(values: Tensor) -> Tensor:
-    """Return what this process has of a ``DTensor``, in the same memory, differentiably."""
+    """Return this rank's part of a ``DTensor``; differentiable, and shares its memory."""
     own: Tensor = values.to_local()  # type: ignore[attr-defined]
     return own
 
@@ -228,7 +227,7 @@ def saved_tensors(
     """Return the shape and dtype of each tensor in a ``torch.distributed.checkpoint``.
 
     Args:
-        checkpoint: Its path, or a storage reader.
+        checkpoint: The path of the checkpoint, or a storage reader.
     """
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -251,7 +250,7 @@ def _reduce(values: Tensor, operation: str, group: ProcessGroup | None) -> Tenso
 
 
 def _require_group(group: Any) -> None:
-    """Refuse what is no process group, a device mesh for one."""
+    """Raise ``TypeError`` unless ``group`` is a process group or ``None``."""
     if group is None or not dist.is_available() or torch.compiler.is_compiling():
         return
     if not isinstance(group, dist.ProcessGroup) and group != dist.GroupMember.NON_GROUP_MEMBER:

@@ -32,53 +32,43 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from swavkit._autograd import LossWithGradients
+from swavkit._autograd import attach_gradients
 from swavkit._tensors import autocast_disabled, product_dtype, traceable
 from swavkit.fused.score_blocks import BlockScores, find_memory
-from swavkit.sinkhorn.functional import one_hot
+from swavkit.sinkhorn.functional import Settings, one_hot
 from swavkit.sinkhorn.iterations import find_u
-from swavkit.sinkhorn.kernel import Plan
-from swavkit.swapped_prediction import errors_of_samples, shares
+from swavkit.sinkhorn.kernel import Kernel
+from swavkit.swapped_prediction import errors_of_samples, normalized_weights
 
 if TYPE_CHECKING:
     from swavkit.distributed.collectives import ProcessGroup
 
 
-def streamed_losses(
+def fused_losses(
     factors: Sequence[tuple[Tensor, Tensor]],
-    recent: Tensor | None,
+    queued: Tensor | None,
     *,
     num_code_views: int,
     code_weight: Tensor | None,
     sample_weight: Tensor | None,
     temperature: float,
-    epsilon: float,
-    iterations: int,
-    relaxation: float,
-    tolerance: float | None,
-    hard: bool,
+    settings: Settings,
     group: ProcessGroup | None,
-    rider: Tensor | None,
-    most_bytes_of_p: int,
+    most_bytes_of_kernels: int,
 ) -> list[Tensor]:
     """Return the loss with each of several heads, without their scores.
 
     Args:
         factors: For each head the features, (V, B, D) unit rows, the code views first, of which
             those of weight 0 must be finite; and its prototypes, (K, D) unit rows in their dtype.
-        recent: (A, L, D) unit rows from the queue, if there is one.
+        queued: (A, L, D) unit rows from the queue, if there is one.
         num_code_views: A.
         code_weight: (B + L,) weights in the codes, bool or floating, or ``None``.
         sample_weight: (B,) weights in the loss, bool or floating, or ``None``.
         temperature: τ.
-        epsilon: ε; it and the rest as for :func:`~swavkit.sinkhorn_knopp`.
-        iterations: See there.
-        relaxation: See there.
-        tolerance: See there.
-        hard: See there.
-        group: The processes that share the batch for codes.
-        rider: A small tensor to be summed over them along with the masses, in place; or ``None``.
-        most_bytes_of_p: P of all heads is kept if it takes no more than that.
+        settings: As for :func:`~swavkit.sinkhorn_knopp`.
+        group: The ranks that share the batch for codes.
+        most_bytes_of_kernels: Kernels of all heads are kept if they take no more than that.
 
     Returns:
         The losses, scalars in float32, or float64 for float64 features.
@@ -93,27 +83,34 @@ def streamed_losses(
                 BlockScores(
                     features.detach().to(dtype),
                     directions.detach().to(dtype),
-                    None if recent is None else recent.to(dtype),
+                    None if queued is None else queued.to(dtype),
                     num_code_views,
                 )
             )
-        find_memory(of_heads, most_bytes_of_p)
-        plans = [scores.plan(code_weight, epsilon) for scores in of_heads]
-        equal = [None] * len(plans)
-        find_u(plans, equal, iterations, relaxation, tolerance, group, rider)
+        find_memory(of_heads, most_bytes_of_kernels)
+        kernels = [scores.kernel(code_weight, settings.epsilon) for scores in of_heads]
+        equal = [None] * len(kernels)
+        find_u(
+            kernels,
+            equal,
+            settings.iterations,
+            settings.relaxation,
+            settings.tolerance,
+            group,
+        )
         parts = [
-            _loss(scores, plan, sample_weight, temperature, hard, *of_head)
-            for scores, plan, of_head in zip(of_heads, plans, wanted, strict=True)
+            _loss(scores, kernel, sample_weight, temperature, settings.hard, *of_head)
+            for scores, kernel, of_head in zip(of_heads, kernels, wanted, strict=True)
         ]
     return [
-        LossWithGradients.apply(loss, *gradients, *pair) if any(of_head) else loss  # type: ignore[no-untyped-call]
+        attach_gradients(loss, loss.new_ones(()), gradients, pair) if any(of_head) else loss
         for pair, (loss, gradients), of_head in zip(factors, parts, wanted, strict=True)
     ]
 
 
 def _loss(
     scores: BlockScores,
-    plan: Plan,
+    kernel: Kernel,
     sample_weight: Tensor | None,
     temperature: float,
     hard: bool,
@@ -124,7 +121,7 @@ def _loss(
     features, directions = scores.features, scores.directions
     views = len(features)
     inverse_temperature = 1 / traceable(temperature, features.device)
-    share = shares(sample_weight, features[0]) / (len(scores.of_codes) * (views - 1))
+    share = normalized_weights(sample_weight, features[0]) / (len(scores.of_codes) * (views - 1))
     factor = share * -inverse_temperature
     # In float16 the product of a feature and its share could underflow.
     dtype = torch.float32 if features.dtype == torch.float16 else features.dtype
@@ -135,7 +132,7 @@ def _loss(
         of_block = scores.of(features[:, rows])  # (V, b, K)
         for part in parts:
             of_part = of_block[:, part.start - rows.start : part.stop - rows.start]
-            codes = scores.codes(plan, part, of_part[: len(scores.of_codes)])
+            codes = scores.codes(kernel, part, of_part[: len(scores.of_codes)])
             errors, scale = errors_of_samples(
                 list(of_part),
                 [one_hot(code) for code in codes] if hard else codes,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from swavkit._tensors import at_least_float32, empty, on_cpu
-from swavkit.sinkhorn.kernel import Part, Plan
+from swavkit.sinkhorn.kernel import Kernel, Part
 from swavkit.sinkhorn.marginals import masses
 
 # On a CPU a block is to have so many scores. With few features its products would take as long as
@@ -35,23 +35,22 @@ class BlockScores:
     Args:
         features: (V, B, D), in the dtype of the products.
         directions: (K, D).
-        recent: (A, L, D), which follow the features of the code views; or ``None``.
+        queued: (A, L, D), which follow the features of the code views; or ``None``.
         num_code_views: A.
     """
 
     def __init__(
-        self, features: Tensor, directions: Tensor, recent: Tensor | None, num_code_views: int
+        self, features: Tensor, directions: Tensor, queued: Tensor | None, num_code_views: int
     ) -> None:
         self.features, self.directions = features, directions
         self.dtype = at_least_float32(features.dtype)  # of all other arithmetic
         self.of_codes = features[:num_code_views]
-        if recent is not None:
-            self.of_codes = torch.cat([self.of_codes, recent], dim=1)
+        if queued is not None:
+            self.of_codes = torch.cat([self.of_codes, queued], dim=1)
         views, samples, _ = features.shape
         self.blocks = self._blocks(views, 0, samples)
         self.code_blocks = self._blocks(num_code_views, 0, samples)
         self.code_blocks += self._blocks(num_code_views, samples, self.of_codes.shape[1])
-        self.first_parts = {rows.start: rows for rows, _ in self.code_blocks}
         self.present = features[:0, :0], 0  # scores of some samples of the code views, and of which
         self.memory: Tensor | None = None  # for the scores of a block
         self.memory_of_p: Tensor | None = None  # for that of a part, flat
@@ -87,18 +86,18 @@ class BlockScores:
             code_views * part * len(self.directions) * self.dtype.itemsize * (self.all_p is None),
         )
 
-    def plan(self, weight: Tensor | None, epsilon: float) -> Plan:
-        """Return a new plan of the code views, with equal masses of prototypes."""
+    def kernel(self, weight: Tensor | None, epsilon: float) -> Kernel:
+        """Return a new kernel of the code views, with equal masses of prototypes."""
         shape = self.of_codes.shape[:-1]
         # Where all of P is kept, that of several views is not in one piece.
         views = [slice(None)] if self.all_p is None else range(len(self.of_codes))
-        return Plan(
+        return Kernel(
             self._of_part,
             [(view, rows) for rows in self.parts for view in views],
             masses(weight, shape, self.features.device, self.dtype),
             len(self.directions),
             weighted=weight is not None,
-            graded=weight is not None and weight.is_floating_point(),
+            fractional=weight is not None and weight.is_floating_point(),
             epsilon=epsilon,
             codes=self.all_p,
             memory=self.memory_of_p,
@@ -108,18 +107,20 @@ class BlockScores:
         """Return the scores of a part of the code views; the parts must be asked for in order."""
         view, rows = part
         assert isinstance(rows, slice)
-        if rows.start in self.first_parts and view in (0, slice(None)):
-            block = self.first_parts[rows.start]
-            self.present = self.of(self.of_codes[:, block]), block.start
+        if view in (0, slice(None)):
+            for block, _ in self.code_blocks:  # a dict would make its keys constants of a graph
+                if block.start == rows.start:
+                    self.present = self.of(self.of_codes[:, block]), block.start
         scores, first = self.present
         return scores[view, rows.start - first : rows.stop - first]
 
-    def codes(self, plan: Plan, rows: slice, scores: Tensor) -> list[Tensor]:
+    def codes(self, kernel: Kernel, rows: slice, scores: Tensor) -> list[Tensor]:
         """Return the codes of some samples, (b, K) for each code view, given their scores."""
         if self.all_p is None:
-            return list(plan.codes_of(plan.block((slice(None), rows)), scores))
+            return list(kernel.codes_of(kernel.block((slice(None), rows)), scores))
         return [
-            plan.codes_of(plan.block((view, rows)), of_view) for view, of_view in enumerate(scores)
+            kernel.codes_of(kernel.block((view, rows)), of_view)
+            for view, of_view in enumerate(scores)
         ]
 
     def of(self, features: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ class BlockScores:
         return scores.view(*features.shape[:-1], len(self.directions))
 
 
-def find_memory(of_heads: Sequence[BlockScores], most_bytes_of_p: int) -> None:
+def find_memory(of_heads: Sequence[BlockScores], most_bytes_of_kernels: int) -> None:
     """Find memory for P of each head, if there may be as much; and for blocks, which heads share.
 
     No block of one head is needed any more when that of another is computed.
@@ -140,7 +141,7 @@ def find_memory(of_heads: Sequence[BlockScores], most_bytes_of_p: int) -> None:
     sizes = [
         prod(shape) * head.dtype.itemsize for head, shape in zip(of_heads, shapes, strict=True)
     ]
-    fits = sum(sizes) <= most_bytes_of_p or sum(map(prod, shapes)) <= _ENTRIES_OF_A_BLOCK
+    fits = sum(sizes) <= most_bytes_of_kernels or sum(map(prod, shapes)) <= _ENTRIES_OF_A_BLOCK
     for head, shape in zip(of_heads, shapes, strict=True):
         if fits or len(head.parts) == 1:
             head.all_p = empty(shape, head.dtype, like)
@@ -160,4 +161,6 @@ def _most(slices: Sequence[slice]) -> int:
 
 
 def _slices(first: int, last: int, size: int) -> list[slice]:
+    if 0 < last - first <= size:  # torch.compile keeps such a length symbolic
+        return [slice(first, last)]
     return [slice(start, min(start + size, last)) for start in range(first, last, size)]

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from swavkit._autograd import LossOfFactors
+from swavkit._autograd import attach_gradients
 from swavkit._tensors import at_least_float32, autocast_disabled
 from swavkit.distributed.collectives import (
     gather_over_ranks,
@@ -35,25 +35,25 @@ from swavkit.distributed.collectives import (
     rank_and_size,
     sum_over_ranks,
 )
-from swavkit.sinkhorn.arithmetic import flaws_of, over_prototypes, over_samples
+from swavkit.sinkhorn.arithmetic import nan_mask_of, over_prototypes, over_samples
 from swavkit.sinkhorn.kernel import SCALINGS_OF_ONE_P
 
 if TYPE_CHECKING:
     from swavkit.distributed.collectives import ProcessGroup
 
 
-class Batch(NamedTuple):
+class Spread(NamedTuple):
     """How the samples of all processes lie one after the other.
 
     Attributes:
         sizes: How many there are on each process.
         group: The processes; ``None`` is this one alone.
-        graded: Whether a process gives weights other than 0 and 1.
+        fractional: Whether a process gives weights other than 0 and 1.
     """
 
     sizes: list[int]
     group: ProcessGroup | None
-    graded: bool
+    fractional: bool
 
     def own(self) -> slice:
         """Return which of the samples are those of this process."""
@@ -64,21 +64,21 @@ class Batch(NamedTuple):
 
 def whole_batch(
     samples: int, sample_weight: Tensor | None, device: torch.device, group: ProcessGroup | None
-) -> Batch:
+) -> Spread:
     """Return how the ``samples`` of this process lie in the batch of the group.
 
     The host waits for the number of samples on the other processes: without it they could not
     differ.
     """
-    graded = sample_weight is not None and sample_weight.is_floating_point()
+    fractional = sample_weight is not None and sample_weight.is_floating_point()
     if group is None:
-        return Batch([samples], None, graded)
-    own = torch.tensor([samples, graded], device=device)
+        return Spread([samples], None, fractional)
+    own = torch.tensor([samples, fractional], device=device)
     sizes, of_weights = gather_over_ranks(own, group).T.tolist()
-    return Batch(sizes, group, any(of_weights))
+    return Spread(sizes, group, any(of_weights))
 
 
-def gathered(values: Tensor, batch: Batch) -> Tensor:
+def gathered(values: Tensor, batch: Spread) -> Tensor:
     """Return the rows of all processes, (..., B, M), given those of this one, (..., b, M).
 
     Backward, a process gets the sum of what all processes have as gradients of its rows.
@@ -89,7 +89,7 @@ def gathered(values: Tensor, batch: Batch) -> Tensor:
     return rows
 
 
-def own_part(values: Tensor, batch: Batch) -> Tensor:
+def own_part(values: Tensor, batch: Spread) -> Tensor:
     """Return the rows of this process, (b, M), of (B, M) that all processes have.
 
     Backward, a process gets the gradients of the rows of all processes.
@@ -108,7 +108,7 @@ def sharded_codes(
     *,
     epsilon: float,
     iterations: int,
-    graded: bool,
+    fractional: bool,
     group: ProcessGroup | None,
 ) -> Tensor:
     """Return the columns of the codes that belong to the prototypes of this process.
@@ -124,22 +124,22 @@ def sharded_codes(
         num_prototypes: K.
         epsilon: ε.
         iterations: How many.
-        graded: Whether a weight may be other than 0 and 1; the same on all processes.
+        fractional: Whether a weight may be other than 0 and 1; the same on all processes.
         group: The processes that have the other prototypes.
 
     Returns:
         (A, N, k) in float32, or in float64 for float64 scores.
     """
     dtype = at_least_float32(scores.dtype)
-    in_log_domain = graded or iterations > SCALINGS_OF_ONE_P
+    in_log_domain = fractional or iterations > SCALINGS_OF_ONE_P
     with autocast_disabled(scores.device):
-        flaw = flaws_of(scores).to(
+        nan_mask = nan_mask_of(scores).to(
             dtype
         )  # (A, N), NaN for a sample with a score that is not finite, else 0
-        exponents = (scores.to(dtype) / epsilon).masked_fill_(flaw.isnan().unsqueeze(-1), 0)
-        weight = sample_weight.to(dtype).expand_as(flaw)
-        code_mass = (flaw + 1).masked_fill_(flaw.isnan() & (weight == 0), 0)
-        mass = weight.masked_fill(flaw.isnan(), 0)  # r
+        exponents = (scores.to(dtype) / epsilon).masked_fill_(nan_mask.isnan().unsqueeze(-1), 0)
+        weight = sample_weight.to(dtype).expand_as(nan_mask)
+        code_mass = (nan_mask + 1).masked_fill_(nan_mask.isnan() & (weight == 0), 0)
+        mass = weight.masked_fill(nan_mask.isnan(), 0)  # r
         v = torch.ones_like(mass)
         log_v = torch.zeros_like(mass)
         for iteration in range(iterations):
@@ -158,18 +158,16 @@ def sharded_codes(
                 share = mass.sum(dim=-1, keepdim=True) / num_prototypes
                 u = (share / sums).masked_fill_(sums == 0, 1)
                 sums = over_prototypes(plan, u)
-            sums = sum_over_ranks(sums + flaw, group)
-            flaw = sums - sums  # that which only another process has seen came with the sum
-            mass = mass.masked_fill(flaw.isnan(), 0)
-            code_mass = torch.where(code_mass == 0, 0, code_mass + flaw)
-            v = sums.masked_fill_(flaw.isnan(), 1).reciprocal_()
+            sums = sum_over_ranks(sums + nan_mask, group)
+            nan_mask = sums - sums  # that which only another process has seen came with the sum
+            mass = mass.masked_fill(nan_mask.isnan(), 0)
+            code_mass = torch.where(code_mass == 0, 0, code_mass + nan_mask)
+            v = sums.masked_fill_(nan_mask.isnan(), 1).reciprocal_()
             log_v = v.log() - largest
         return plan.mul_(u.unsqueeze(-2)).mul_((v * code_mass).unsqueeze(-1))
 
 
 def sharded_losses(
-    features: Tensor,
-    directions: Tensor,
     scores: Tensor,
     codes: Tensor,
     share: Tensor,
@@ -177,21 +175,17 @@ def sharded_losses(
     temperature: float,
     group: ProcessGroup | None,
 ) -> Tensor:
-    """Return what each sample contributes to the loss, as a function of the factors of the scores.
+    """Return the contribution of each sample to the loss.
 
     Args:
-        features: (V, N, D), floating, of all samples; finite where ``share`` is 0.
-        directions: (k, D), floating, the prototypes of this process; k may be 0.
-        scores: (V, N, k), their product, without gradient.
+        scores: (V, N, k) scores of all samples with the prototypes of this rank; k may be 0.
         codes: (A, N, k), in the dtype of the arithmetic, float32 or float64.
-        share: (N,), the weight of each sample in the loss.
+        share: (N,), the normalized weight of each sample in the loss.
         temperature: τ.
-        group: The processes that have the other prototypes.
+        group: The ranks that have the other prototypes.
 
     Returns:
-        (N, 1), in the dtype of the arithmetic. Backward, the features get what the prototypes of
-        this process alone give, and the prototypes the gradient divided by the number of processes:
-        nobody averages it, as the gradients of other parameters are averaged over processes.
+        (N, 1), in the dtype of the arithmetic.
     """
     with torch.no_grad(), autocast_disabled(scores.device):
         logits = scores.to(codes.dtype) / temperature
@@ -214,28 +208,16 @@ def sharded_losses(
         residual.masked_fill_(absent.unsqueeze(-1), 0)
         share = share.to(codes.dtype).unsqueeze(-1) / (len(codes) * (len(scores) - 1))
         losses = share * errors.masked_fill_(absent, 0).unsqueeze(-1)
-        # In float16 the features times their factor would underflow.
-        if scores.dtype == torch.bfloat16:
-            residual = residual.to(scores.dtype)
-    if not (torch.is_grad_enabled() and (features.requires_grad or directions.requires_grad)):
+    if not scores.requires_grad:
         return losses
-    if directions.requires_grad:
-        _, processes = rank_and_size(group)
-        directions = directions.view_as(directions)
-        directions.register_hook(  # type: ignore[no-untyped-call]
-            lambda gradient: gradient / processes
-        )
-    attached: Tensor = LossOfFactors.apply(  # type: ignore[no-untyped-call]
-        losses, share / temperature, residual, features, directions
-    )
-    return attached
+    return attach_gradients(losses, share / temperature, [residual], [scores])
 
 
 class _Gathered(torch.autograd.Function):
     """The rows of all processes, of which each may have another number."""
 
     @staticmethod
-    def forward(values: Tensor, batch: Batch) -> Tensor:
+    def forward(values: Tensor, batch: Spread) -> Tensor:
         most = max(batch.sizes)
         *others, samples, columns = values.shape
         padded = values.new_zeros(*others, most, columns)
@@ -262,7 +244,7 @@ class _OwnPart(torch.autograd.Function):
     """The rows of this process, of those that all processes have."""
 
     @staticmethod
-    def forward(values: Tensor, batch: Batch) -> Tensor:
+    def forward(values: Tensor, batch: Spread) -> Tensor:
         return values[batch.own()].clone()
 
     @staticmethod

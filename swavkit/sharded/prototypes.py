@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable loads the compiler at once
 
 from swavkit import _checks
+from swavkit._autograd import linear
 from swavkit._checks import is_plainly
-from swavkit._details import SwAVDetails
+from swavkit._head_losses import Batch, HeadLoss, SwAVDetails
 from swavkit._tensors import at_least_float32
 from swavkit.distributed.collectives import (
     GroupHandle,
@@ -26,9 +27,9 @@ from swavkit.distributed.collectives import (
     rows_of,
     sharded,
 )
-from swavkit.prototypes import PrototypeLayer, product
+from swavkit.prototypes import PrototypeLayer
 from swavkit.sharded.loss import (
-    Batch,
+    Spread,
     gathered,
     largest_of_rows,
     own_part,
@@ -37,7 +38,7 @@ from swavkit.sharded.loss import (
     whole_batch,
 )
 from swavkit.sinkhorn.module import SinkhornKnopp
-from swavkit.swapped_prediction import SwappedPredictionLoss, shares
+from swavkit.swapped_prediction import SwappedPredictionLoss, normalized_weights
 
 if TYPE_CHECKING:
     from swavkit.distributed.collectives import ProcessGroup
@@ -157,26 +158,21 @@ def layer_class(
 
 
 @_disable_dynamo  # type: ignore[untyped-decorator, unused-ignore]
-def losses_of_shards(
-    criterion: Any,
+def sharded_head_losses(
+    batch: Batch,
     heads: Sequence[PrototypeLayer],
-    features: Tensor,
-    sample_weight: Tensor | None,
+    sinkhorn: nn.Module,
+    loss: nn.Module,
     group: ProcessGroup | None,
-    return_details: bool,
-) -> list[tuple[Tensor, SwAVDetails | None]]:
-    """Return the loss with each head, and if asked for its codes and scores.
+    *,
+    memory: str,
+    details: bool,
+) -> list[HeadLoss]:
+    """Return the loss with each sharded head, and with ``details`` its codes and scores.
 
-    Args:
-        criterion: The ``SwAVLoss``, whose settings, queue and counter are read.
-        heads: Its prototypes, sharded.
-        features: (V, B, D), of this process; finite where a sample is absent.
-        sample_weight: (B,), or ``None``.
-        group: The processes that have the other prototypes.
-        return_details: Whether to return codes (A, N, K) and scores (V, N, K) of the samples of all
-            processes, as ``DTensor`` sharded over the prototypes.
+    Codes (A, N, K) and scores (V, N, K) are those of the samples of all ranks, as ``DTensor``
+    sharded over the prototypes.
     """
-    sinkhorn, loss, queue = criterion.sinkhorn, criterion.loss, criterion.queue
     if group is None:
         raise RuntimeError(
             "no process has all prototypes, so that none can compute a loss alone; expected a call "
@@ -192,6 +188,8 @@ def losses_of_shards(
             "prototypes are sharded: the parts are not called, since none can work on what one "
             "process has"
         )
+    assert isinstance(sinkhorn, SinkhornKnopp)
+    assert isinstance(loss, SwappedPredictionLoss)
     settings = sinkhorn._settings()
     temperature = _checks.positive_float("temperature", loss.temperature)
     unsupported = {
@@ -199,51 +197,54 @@ def losses_of_shards(
         "sinkhorn.relaxation": (settings.relaxation, math.inf),
         "sinkhorn.tolerance": (settings.tolerance, None),
         "sinkhorn.validate": (settings.validate, False),
-        "memory": (criterion.memory if criterion.memory == "streamed" else "auto", "auto"),
+        "memory": (memory if memory == "streamed" else "auto", "auto"),
     }
     for name, (value, only) in unsupported.items():
         if value != only:
             raise ValueError(f"{name} must be {only!r} where prototypes are sharded, got {value!r}")
-    samples = features.shape[1]
-    batch = whole_batch(samples, sample_weight, features.device, group)
-    own = features.new_ones(samples) if sample_weight is None else sample_weight
-    share = shares(sample_weight, features[0])
-    columns = torch.stack([own.to(share.dtype), share], dim=1)
-    weight, share = gathered(columns.detach(), batch).unbind(dim=1)
-    features = gathered(features, batch)  # (V, N, D)
-    if queue is not None:
-        slots = Batch([queue.length] * len(batch.sizes), group, False)
-        recent = gathered(queue.features, slots)  # (A, M, D)
-        takes_part = queue.valid & (criterion.steps >= criterion.queue_start)
-        present = gathered(takes_part.to(weight.dtype).unsqueeze(-1), slots).squeeze(-1)
-        weight = torch.cat([weight, present])
+    samples = batch.features.shape[1]
+    spread = whole_batch(samples, batch.sample_weight, batch.features.device, group)
+    share = normalized_weights(batch.sample_weight, batch.features[0])
+    own = share.new_ones(samples)
+    if batch.sample_weight is not None:
+        own = batch.sample_weight.detach().to(share.dtype)
+    weight, share = gathered(torch.stack([own, share], dim=1).detach(), spread).unbind(dim=1)
+    features = gathered(batch.features, spread)  # (V, N, D)
+    if batch.queued is not None and batch.queue_mask is not None:
+        slots = Spread([len(batch.queue_mask)] * len(spread.sizes), group, False)
+        queued = gathered(batch.queued, slots)  # (A, M, D)
+        mask = batch.queue_mask.to(weight.dtype).unsqueeze(-1)
+        weight = torch.cat([weight, gathered(mask, slots).squeeze(-1)])
 
-    frozen = criterion.steps < criterion.freeze_steps if criterion.freeze_steps else None
-    results: list[tuple[Tensor, SwAVDetails | None]] = []
+    results = []
     for head in heads:
-        factors = head._factors(features, frozen)
-        scores = product(*factors)  # (V, N, k)
-        to_code = scores[: criterion.num_code_views].to(at_least_float32(scores.dtype))
-        if queue is not None:
-            of_recent = product(*head._factors(recent, None))
-            to_code = torch.cat([to_code, of_recent.to(to_code.dtype)], dim=1)
+        unit, directions = head._factors(features, batch.frozen)
+        if directions.requires_grad:
+            # Nobody averages this gradient over ranks, as those of other parameters are averaged.
+            directions = directions.view_as(directions)
+            directions.register_hook(  # type: ignore[no-untyped-call]
+                lambda gradient: gradient / len(spread.sizes)
+            )
+        scores = linear(unit, directions)  # (V, N, k)
+        with torch.no_grad():
+            to_code = scores[: batch.num_code_views].to(at_least_float32(scores.dtype))
+            if batch.queued is not None:
+                of_queued = F.linear(*head._factors(queued, None))
+                to_code = torch.cat([to_code, of_queued.to(to_code.dtype)], dim=1)
         codes = sharded_codes(
             to_code,
             weight,
             head.num_prototypes,
             epsilon=settings.epsilon,
             iterations=settings.iterations,
-            graded=batch.graded,
+            fractional=spread.fractional,
             group=group,
         )[:, : scores.shape[1]]
-        of_samples = sharded_losses(
-            *factors, scores, codes, share, temperature=temperature, group=group
-        )
-        details = None
-        if return_details:
-            details = SwAVDetails(
-                sharded(codes, 2, head.num_prototypes, group),
-                sharded(scores, 2, head.num_prototypes, group),
-            )
-        results.append((own_part(of_samples, batch).sum(), details))
+        of_samples = sharded_losses(scores, codes, share, temperature=temperature, group=group)
+        head_loss = own_part(of_samples, spread).sum()
+        if details:
+            both = (sharded(values, 2, head.num_prototypes, group) for values in (codes, scores))
+            results.append(HeadLoss(head_loss, SwAVDetails(*(values.detach() for values in both))))
+        else:
+            results.append(HeadLoss(head_loss))
     return results

@@ -74,7 +74,7 @@ def _parts_of_a_product(entries: Tensor) -> int:
     return math.gcd(entries.shape[-2], PARTS_OF_A_PRODUCT)
 
 
-def flaws_of(scores: Tensor) -> Tensor:
+def nan_mask_of(scores: Tensor) -> Tensor:
     """Return (..., b), NaN for a sample with a score of (..., b, K) that is not finite, else 0."""
     factor = scores.new_full((scores.shape[-1],), _SCALE_OF_A_SUM)
     if scores.dim() == 2:

@@ -1,27 +1,21 @@
-"""Sinkhorn-Knopp: scores become codes that use all prototypes equally.
+"""Sinkhorn-Knopp: codes that use all prototypes equally, from scores.
 
-The codes solve an entropic optimal-transport problem (Cuturi 2013; Caron et al. 2020, §3.1): among
-all plans Q with the prescribed mass on every sample and on every prototype, take the one that
-maximises Tr(QᵀS) + ε H(Q). Its form is known, Q = diag(v) P diag(u) with P = exp(S/ε), so only the
-two vectors u (K) and v (B) are iterated::
+The codes solve an entropic optimal-transport problem (Cuturi 2013; Caron et al. 2020, §3.1). Among
+all transport plans Q with given marginals, the mass r of each sample and c of each prototype, they
+maximize Tr(QᵀS) + ε H(Q). The solution has the form Q = diag(v) P diag(u) with the Gibbs kernel
+P = exp(S/ε). Sinkhorn-Knopp alternates between u, which gives each prototype its mass, and v, which
+gives each sample its mass. :func:`reference` is this algorithm.
 
-    for _ in range(iterations):
-        u = c / (Pᵀ (r * v))    # every prototype j gets its mass c_j ...
-        v = 1 / (P u)           # ... and every sample's code sums to 1
-
-r are the masses of the samples and c those of the prototypes, each in proportion to its sum.
-
-Differences from the published procedure, none of which changes the codes in exact arithmetic: P is
-first scaled so that no finite score over- or underflows, and is then read and not rewritten (see
-``_plan.py``); the arithmetic is in float32 or better whatever the dtype of the scores; samples may
-be spread unevenly over processes.
+:func:`sinkhorn_knopp` computes the same codes. It differs in three ways, none of which changes the
+codes in exact arithmetic: the kernel is scaled so that no finite score over- or underflows
+(``kernel.py``); the arithmetic is in float32 or better; samples may be spread unevenly over ranks.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -30,7 +24,7 @@ from swavkit import _checks
 from swavkit._tensors import at_least_float32, autocast_disabled, empty
 from swavkit.distributed.collectives import participants
 from swavkit.sinkhorn.iterations import find_u
-from swavkit.sinkhorn.kernel import Masses, Plan, codes_at_once, fits_at_once, parts_of
+from swavkit.sinkhorn.kernel import Kernel, Masses, codes_at_once, fits_at_once, parts_of
 from swavkit.sinkhorn.marginals import masses, refuse_bad_values
 
 if TYPE_CHECKING:
@@ -38,69 +32,121 @@ if TYPE_CHECKING:
 
 __all__ = ["sinkhorn_knopp"]
 
+Weights = Tensor | Sequence[Tensor | None] | None  # a sequence if scores are one
 
+
+def reference(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
+    """Return the codes (B, K) of scores (B, K) by the algorithm as it is written in textbooks.
+
+    It is here to be read and to be compared with: exact in float64, without weights or ranks.
+    """
+    samples, prototypes = scores.shape
+    kernel = torch.exp((scores - scores.max()) / epsilon)  # P, (B, K)
+    v = torch.ones_like(scores[:, 0])
+    for _ in range(iterations):
+        u = samples / prototypes / (v @ kernel)  # each prototype gets the mass B/K
+        v = 1 / (kernel @ u)  # each code sums to 1
+    return v.unsqueeze(1) * kernel * u
+
+
+@overload
 def sinkhorn_knopp(
     scores: Tensor,
     *,
+    epsilon: float = ...,
+    iterations: int = ...,
+    sample_weight: Tensor | None = ...,
+    prototype_weight: Tensor | None = ...,
+    process_group: ProcessGroup | None = ...,
+    synchronize: bool = ...,
+    relaxation: float = ...,
+    tolerance: float | None = ...,
+    hard: bool = ...,
+    validate: bool = ...,
+) -> Tensor: ...
+
+
+@overload
+def sinkhorn_knopp(
+    scores: Sequence[Tensor],
+    *,
+    epsilon: float = ...,
+    iterations: int = ...,
+    sample_weight: Sequence[Tensor | None] | None = ...,
+    prototype_weight: Sequence[Tensor | None] | None = ...,
+    process_group: ProcessGroup | None = ...,
+    synchronize: bool = ...,
+    relaxation: float = ...,
+    tolerance: float | None = ...,
+    hard: bool = ...,
+    validate: bool = ...,
+) -> list[Tensor]: ...
+
+
+def sinkhorn_knopp(
+    scores: Tensor | Sequence[Tensor],
+    *,
     epsilon: float = 0.05,
     iterations: int = 3,
-    sample_weight: Tensor | None = None,
-    prototype_weight: Tensor | None = None,
+    sample_weight: Weights = None,
+    prototype_weight: Weights = None,
     process_group: ProcessGroup | None = None,
     synchronize: bool = True,
     relaxation: float = math.inf,
     tolerance: float | None = None,
     hard: bool = False,
     validate: bool = False,
-) -> Tensor:
-    r"""Turn scores into codes that use all prototypes equally.
+) -> Tensor | list[Tensor]:
+    r"""Return codes that use all prototypes equally.
 
-    One iteration is a prototype normalisation followed by a sample normalisation, so that every
-    code sums to 1, while the equal use of the prototypes holds the better the more iterations are
-    made.
+    One iteration normalizes the prototypes and then the samples. Every code therefore sums to 1.
+    Equal use of the prototypes is approximate and improves with the number of iterations.
 
-    In a job with ``torch.distributed`` initialised each process passes its own samples, as many or
-    few as it has, and gets their codes within the batch of the whole group. All processes of the
-    group must make the call, with the same K and the same settings.
+    In a job with ``torch.distributed`` initialized, each rank passes its own samples, any number of
+    them, and gets their codes within the batch of the whole group. All ranks of the group must make
+    the call, with the same K and the same settings.
 
     Args:
         scores: (..., B, K) similarities of B samples with K prototypes, any real floating dtype.
-            Leading dimensions are independent problems.
+            Leading dimensions are independent problems. A sequence of such tensors, of any shapes,
+            holds further independent problems. They are solved together, with as many collectives
+            as one.
         epsilon: The entropy temperature ε > 0, in the unit of the scores.
-        iterations: How many iterations, at least 1; with ``tolerance``, at most so many.
+        iterations: The number of iterations, at least 1. The maximum number with ``tolerance``.
         sample_weight: (..., B) or (B,) multiplicities, bool or floating, at least 0. A sample of
-            weight 0 is absent: it takes no part, whatever its scores hold. Its own code is the one
-            that the present samples' prototype masses give it, or zeros if its scores are not
-            finite.
+            weight 0 takes no part, whatever its scores are. It still gets a code, from the
+            prototype masses of the other samples, or zeros if its scores are not finite. For a
+            sequence of scores, a sequence with an entry or ``None`` for each.
         prototype_weight: (K,) relative masses of the prototypes, at least 0, at any scale; equal
-            masses by default.
-        process_group: The processes that share the batch; the default group if ``None``.
-        synchronize: Whether to share the batch with other processes at all.
-        relaxation: How strictly equal use is asked for, ρ > 0: the prototypes' masses may differ
-            from what they should be at the price of ρ times the Kullback-Leibler divergence.
-            Infinite is strict; towards 0 the codes become softmax(S/ε).
-        tolerance: Stop as soon as :func:`~swavkit.marginal_error` is at most this, for all
-            problems. Reads a value on the host after each iteration, which makes an accelerator
-            wait and cannot be compiled. Not with a finite ``relaxation``, which never gets there.
-        hard: Whether to round each code to the prototype of its largest entry, the largest before
-            it is rounded to the dtype of ``scores``.
-        validate: Whether to look at the values of scores and weights and refuse bad ones, on all
-            processes if one has any. Makes an accelerator wait and cannot be compiled.
+            masses by default. For a sequence of scores, a sequence with an entry or ``None`` for
+            each.
+        process_group: The ranks that share the batch; the default group if ``None``.
+        synchronize: Whether to share the batch with other ranks.
+        relaxation: The strength ρ > 0 of the constraint on the prototypes' masses. A deviation
+            costs ρ times the Kullback-Leibler divergence. Infinity is the strict constraint;
+            towards 0 the codes become softmax(S/ε).
+        tolerance: Stop when :func:`~swavkit.marginal_error` of all problems is at most this. Reads
+            a value on the host after each iteration, which makes an accelerator wait and cannot be
+            compiled. Cannot be combined with a finite ``relaxation``, which does not converge to an
+            error of 0.
+        hard: Whether to round each code to its largest entry. Ties are decided before codes are
+            rounded to the dtype of ``scores``.
+        validate: Whether to check the values of scores and weights, and raise on all ranks if any
+            rank has bad ones. Makes an accelerator wait and cannot be compiled.
 
     Returns:
-        (..., B, K) codes in the dtype of ``scores``, without gradient. Without ``validate`` no
-        value is checked: a sample with a NaN or an infinite score gets NaN codes, and the others
-        those that they have without it; a negative, NaN or infinite weight makes every code NaN;
-        and where no sample is present, the code of an absent one is softmax(S/ε + log c). Any
-        finite scores have codes, the lowest number of a dtype too, which forbids a prototype to a
-        sample. Differences of scores are rounded in float32 (float64 for float64 scores), which
-        limits the accuracy of an entry to about 6e-8 · max|S - max_i S| / ε. Weights of samples may
-        span 40 decades.
+        (..., B, K) codes in the dtype of ``scores``, without gradient; a list of them for a
+        sequence of scores. Any finite scores have codes. The lowest number of a dtype excludes a
+        prototype for a sample. A sample with a NaN or infinite score gets NaN codes and does not
+        affect the others. A negative, NaN or infinite weight makes every code NaN. If no sample is
+        present, the code of an absent one is softmax(S/ε + log c). Differences of scores are
+        rounded in float32 (float64 for float64 scores), which limits the accuracy of an entry to
+        about 6e-8 · max|S - max_i S| / ε. Sample weights may span 40 decades.
 
     Raises:
         TypeError: If ``scores`` is no floating tensor or a weight is neither bool nor floating.
-        ValueError: If a setting is out of range, a shape does not fit, the calling process is not
-            in ``process_group``, or ``validate`` finds a bad value.
+        ValueError: If a setting is out of range, a shape does not fit, the calling rank is not in
+            ``process_group``, or ``validate`` finds a bad value.
 
     Example:
         >>> scores = torch.tensor([[0.9, 0.1], [0.8, 0.3], [0.7, 0.6]])
@@ -118,81 +164,28 @@ def sinkhorn_knopp(
     _checks.boolean("synchronize", synchronize)
     settings = checked_settings(epsilon, iterations, relaxation, tolerance, hard, validate)
     group = participants(process_group, synchronize)
-    return solve([scores], sample_weight, prototype_weight, settings, group)[0]
-
-
-def solve(
-    several: Sequence[Tensor],
-    sample_weight: Tensor | None,
-    prototype_weight: Tensor | None,
-    settings: Settings,
-    group: ProcessGroup | None,
-    rider: Tensor | None = None,
-) -> list[Tensor]:
-    """Return the codes of each of several scores within the batch of the group, found in step.
-
-    ``rider`` is summed over the group along with them, in place.
-    """
-    epsilon, iterations, relaxation, tolerance, hard, validate = settings
-    for scores in several:
-        _checks.of_samples_and_prototypes("scores", scores)
-        _checks.weights(sample_weight, prototype_weight, scores)
-
-    several = [scores.detach() for scores in several]
-    with autocast_disabled(several[0].device):
-        if validate:
-            for scores in several:
-                refuse_bad_values(scores, sample_weight, prototype_weight, group)
-        strict = relaxation == math.inf and tolerance is None
-        alone = group is None and sample_weight is None and prototype_weight is None
-        codes, plans, prototype_masses = [], [], []
-        for scores in several:
-            problems = scores  # (B, K) or (N, B, K)
-            if scores.dim() > 2:
-                problems = scores.flatten(0, -3)
-                problems = problems[0] if len(problems) == 1 else problems
-            if strict and alone and fits_at_once(problems, iterations):
-                found = codes_at_once(problems, epsilon, iterations)
-                codes.append((one_hot(found) if hard else found).to(scores.dtype))
-                continue
-            leading = problems.shape[:-2]
-            codes.append(empty(problems.shape, scores.dtype, scores))
-            dtype = at_least_float32(scores.dtype)
-            sample_mass = masses(sample_weight, scores.shape[:-1], scores.device, dtype)
-            weights = [weight for weight in (sample_weight, prototype_weight) if weight is not None]
-            plans.append(
-                Plan(
-                    problems.__getitem__,
-                    parts_of(problems),
-                    Masses(*(each.view(*leading, each.shape[-1]) for each in sample_mass)),  # r
-                    scores.shape[-1],
-                    weighted=sample_weight is not None,
-                    graded=any(weight.is_floating_point() for weight in weights),
-                    epsilon=epsilon,
-                    codes=codes[-1],
-                )
-            )
-            prototype_mass = None
-            if prototype_weight is not None:
-                log_mass, _ = masses(prototype_weight, scores.shape[-1:], scores.device, dtype)
-                prototype_mass = log_mass.softmax(dim=-1)  # (K,), c
-            prototype_masses.append(prototype_mass)
-        if plans:
-            find_u(plans, prototype_masses, iterations, relaxation, tolerance, group, rider)
-        for plan in plans:
-            plan.codes(one_hot if hard else None)
-        if several[0].dim() > 2:
-            codes = [each.view(scores.shape) for each, scores in zip(codes, several, strict=True)]
-        return codes
+    problems = checked_problems(scores, sample_weight, prototype_weight)
+    codes = solve(problems, settings, group)
+    return codes[0] if isinstance(scores, Tensor) else codes
 
 
 class Settings(NamedTuple):
+    """The settings of :func:`sinkhorn_knopp` by their names there."""
+
     epsilon: float
     iterations: int
     relaxation: float
     tolerance: float | None
     hard: bool
     validate: bool
+
+
+class Problem(NamedTuple):
+    """One entry of the list of problems: scores (..., B, K) with their weights."""
+
+    scores: Tensor
+    sample_weight: Tensor | None
+    prototype_weight: Tensor | None
 
 
 def checked_settings(*settings: Any) -> Settings:
@@ -211,6 +204,125 @@ def checked_settings(*settings: Any) -> Settings:
     _checks.boolean("hard", hard)
     _checks.boolean("validate", validate)
     return Settings(epsilon, iterations, relaxation, tolerance, hard, validate)
+
+
+def checked_problems(
+    scores: Tensor | Sequence[Tensor], sample_weight: Weights, prototype_weight: Weights
+) -> list[Problem]:
+    """Check the tensors that :func:`sinkhorn_knopp` gets, and return its problems."""
+    if isinstance(scores, Tensor):
+        problem = Problem(scores, sample_weight, prototype_weight)  # type: ignore[arg-type]
+        _check(problem, "")
+        return [problem]
+    tensors = isinstance(scores, (list, tuple)) and all(isinstance(each, Tensor) for each in scores)
+    if not tensors or not scores:
+        raise TypeError(
+            f"scores must be a torch.Tensor, got {type(scores).__name__}; or a list or tuple of "
+            f"tensors, at least 1"
+        )
+    weights = {"sample_weight": sample_weight, "prototype_weight": prototype_weight}
+    for name, several in weights.items():
+        if several is None:
+            weights[name] = [None] * len(scores)
+        elif not isinstance(several, (list, tuple)) or len(several) != len(scores):
+            sequence = isinstance(several, (list, tuple))
+            raise ValueError(
+                f"{name} must be None or a list with an entry or None for each of the "
+                f"{len(scores)} scores, got {len(several) if sequence else type(several).__name__}"
+            )
+    problems = [Problem(*each) for each in zip(scores, *weights.values(), strict=True)]  # type: ignore[call-arg, unused-ignore]
+    for index, problem in enumerate(problems):
+        _check(problem, f"[{index}]")
+        _checks.same_device(f"scores[{index}]", problem.scores, problems[0].scores)
+    return problems
+
+
+def _check(problem: Problem, index: str) -> None:
+    _checks.of_samples_and_prototypes("scores" + index, problem.scores)
+    _checks.weights(problem.sample_weight, problem.prototype_weight, problem.scores, index)
+
+
+def solve(
+    problems: Sequence[Problem], settings: Settings, group: ProcessGroup | None
+) -> list[Tensor]:
+    """Return the codes of each problem within the batch of the group."""
+    with autocast_disabled(problems[0].scores.device):
+        problems = [problem._replace(scores=problem.scores.detach()) for problem in problems]
+        if settings.validate:
+            for problem in problems:
+                refuse_bad_values(*problem, group)
+        codes: list[Tensor] = []
+        kernels: list[Kernel] = []
+        prototype_masses: list[Tensor | None] = []
+        for problem in problems:
+            scores = _without_leading_ones(problem.scores)
+            if (
+                group is None
+                and _is_plain(problem, settings)
+                and fits_at_once(scores, settings.iterations)
+            ):
+                found = codes_at_once(scores, settings.epsilon, settings.iterations)
+                codes.append((one_hot(found) if settings.hard else found).to(scores.dtype))
+                continue
+            codes.append(empty(scores.shape, scores.dtype, scores))
+            kernels.append(_kernel(problem, scores, codes[-1], settings.epsilon))
+            prototype_masses.append(_prototype_mass(problem))
+        if kernels:
+            find_u(
+                kernels,
+                prototype_masses,
+                settings.iterations,
+                settings.relaxation,
+                settings.tolerance,
+                group,
+            )
+        for kernel in kernels:
+            kernel.codes(one_hot if settings.hard else None)
+        return [
+            each.view(problem.scores.shape) if problem.scores.dim() > 2 else each
+            for each, problem in zip(codes, problems, strict=True)
+        ]
+
+
+def _is_plain(problem: Problem, settings: Settings) -> bool:
+    """Tell whether a problem has equal marginals and a fixed number of strict iterations."""
+    strict = settings.relaxation == math.inf and settings.tolerance is None
+    return strict and problem.sample_weight is None and problem.prototype_weight is None
+
+
+def _without_leading_ones(scores: Tensor) -> Tensor:
+    """Return (B, K) scores of one problem, or (N, B, K) of several."""
+    if scores.dim() > 2:
+        scores = scores.flatten(0, -3)
+        scores = scores[0] if len(scores) == 1 else scores
+    return scores
+
+
+def _kernel(problem: Problem, scores: Tensor, codes: Tensor, epsilon: float) -> Kernel:
+    dtype = at_least_float32(scores.dtype)
+    shape = problem.scores.shape[:-1]
+    sample_mass = masses(problem.sample_weight, shape, scores.device, dtype)
+    weights = [weight for weight in problem[1:] if weight is not None]
+    return Kernel(
+        scores.__getitem__,
+        parts_of(scores),
+        Masses(*(each.view(*scores.shape[:-2], each.shape[-1]) for each in sample_mass)),  # r
+        scores.shape[-1],
+        weighted=problem.sample_weight is not None,
+        fractional=any(weight.is_floating_point() for weight in weights),
+        epsilon=epsilon,
+        codes=codes,
+    )
+
+
+def _prototype_mass(problem: Problem) -> Tensor | None:
+    """Return the target marginal c of the prototypes, (K,); ``None`` for equal masses."""
+    if problem.prototype_weight is None:
+        return None
+    scores = problem.scores
+    dtype = at_least_float32(scores.dtype)
+    log_mass, _ = masses(problem.prototype_weight, scores.shape[-1:], scores.device, dtype)
+    return log_mass.softmax(dim=-1)
 
 
 def one_hot(codes: Tensor) -> Tensor:

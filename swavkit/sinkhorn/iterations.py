@@ -1,7 +1,7 @@
-"""The iterations of Sinkhorn-Knopp: a plan and the masses it is to have give u, over all processes.
+"""The iterations of Sinkhorn-Knopp over all ranks: they find u of a kernel.
 
-They know how often masses are summed, and not how: that is the business of ``_plan.py``. Several
-plans go in step, so that what they sum over processes is sent together.
+``kernel.py`` sums masses over samples, this file over ranks. Several kernels go in step, so that
+their sums travel in one collective.
 """
 
 from __future__ import annotations
@@ -21,63 +21,61 @@ from swavkit.distributed.collectives import (
     max_over_ranks,
     sum_over_ranks,
 )
-from swavkit.sinkhorn.kernel import Plan
+from swavkit.sinkhorn.kernel import Kernel
 
 if TYPE_CHECKING:
     from swavkit.distributed.collectives import ProcessGroup
 
 
 def find_u(
-    plans: Sequence[Plan],
+    kernels: Sequence[Kernel],
     prototype_masses: Sequence[Tensor | None],
     iterations: int,
     relaxation: float,
     tolerance: float | None,
     group: ProcessGroup | None,
-    rider: Tensor | None = None,
 ) -> None:
-    """Bring u of new plans to where the settings ask for.
+    """Run the Sinkhorn iterations and set u of each kernel.
 
     Args:
-        plans: One or more, of any shapes.
-        prototype_masses: For each plan the masses (K,), of sum 1, that its prototypes are to have;
-            ``None`` stands for equal ones.
-        iterations: At most so many.
-        relaxation: ρ; infinite is strict.
-        tolerance: A plan that is as near to its masses as that makes no more iterations.
-        group: The processes.
-        rider: A small tensor that is summed over them in a collective that is made anyway, in
-            place.
+        kernels: One or more new kernels, of any shapes.
+        prototype_masses: The target marginal (K,) of each kernel, of sum 1; ``None`` for equal
+            masses.
+        iterations: The number of iterations, or the maximum number with ``tolerance``.
+        relaxation: ρ; infinity is the strict constraint.
+        tolerance: A kernel stops when its marginal error is at most this.
+        group: The ranks.
     """
-    if group is None and len(plans) > 1:  # nothing to send: each while its P is in the caches
-        for plan, mass in zip(plans, prototype_masses, strict=True):
-            find_u([plan], [mass], iterations, relaxation, tolerance, None)
+    if group is None and len(kernels) > 1:  # nothing to send: each while its P is in the caches
+        for kernel, mass in zip(kernels, prototype_masses, strict=True):
+            find_u([kernel], [mass], iterations, relaxation, tolerance, None)
     elif relaxation == math.inf:
-        _iterate(plans, prototype_masses, iterations, tolerance, group, rider)
+        _iterate(kernels, prototype_masses, iterations, tolerance, group)
     else:
-        _iterate_relaxed(plans, prototype_masses, iterations, relaxation, group, rider)
+        _iterate_relaxed(kernels, prototype_masses, iterations, relaxation, group)
 
 
 def _iterate(
-    plans: Sequence[Plan],
+    kernels: Sequence[Kernel],
     prototype_masses: Sequence[Tensor | None],
     iterations: int,
     tolerance: float | None,
     group: ProcessGroup | None,
-    rider: Tensor | None,
 ) -> None:
-    """Bring new plans as near to the masses of their prototypes as is asked for."""
+    """Bring new kernels as near to the masses of their prototypes as is asked for."""
     firsts, wanted = [], []
-    for plan, mass, largest in zip(
-        plans, prototype_masses, _largest_scores(plans, group), strict=True
+    for kernel, mass, largest in zip(
+        kernels, prototype_masses, _largest_scores(kernels, group), strict=True
     ):
-        f = -largest if mass is None else mass.log() * plan.temperature - largest
+        f = -largest if mass is None else mass.log() * kernel.temperature - largest
         wanted.append(_equal_mass(f) if mass is None else mass)
-        firsts.append(plan.start(f))
-    masses = _sums(firsts, group, rider)
+        firsts.append(kernel.start(f))
+    masses = in_one_collective(sum_over_ranks, firsts, group)
     for iteration in range(iterations):
         if iteration > 0:
-            masses = _sums([plan.masses() for plan in plans], group)
+            masses = in_one_collective(
+                sum_over_ranks, [kernel.masses() for kernel in kernels], group
+            )
             if iteration == 1:  # v follows any factor of u, so the first u need not know the total
                 wanted = [
                     share * mass.sum(dim=-1, keepdim=True)
@@ -85,13 +83,13 @@ def _iterate(
                 ]
             if tolerance is not None:  # all processes see the same masses
                 far = [not _near(*pair, tolerance) for pair in zip(masses, wanted, strict=True)]
-                plans = list(itertools.compress(plans, far))
+                kernels = list(itertools.compress(kernels, far))
                 wanted = list(itertools.compress(wanted, far))
                 masses = list(itertools.compress(masses, far))
-                if not plans:
+                if not kernels:
                     break
-        for plan, share, mass in zip(plans, wanted, masses, strict=True):
-            plan.scale(share, mass)
+        for kernel, share, mass in zip(kernels, wanted, masses, strict=True):
+            kernel.scale(share, mass)
 
 
 def _near(mass: Tensor, wanted: Tensor, tolerance: float) -> bool:
@@ -100,14 +98,13 @@ def _near(mass: Tensor, wanted: Tensor, tolerance: float) -> bool:
 
 
 def _iterate_relaxed(
-    plans: Sequence[Plan],
+    kernels: Sequence[Kernel],
     prototype_masses: Sequence[Tensor | None],
     iterations: int,
     relaxation: float,
     group: ProcessGroup | None,
-    rider: Tensor | None,
 ) -> None:
-    """Set f of new plans to what it is after so many iterations in the log domain.
+    """Set f of new kernels to what it is after so many iterations in the log domain.
 
     One iteration is ::
 
@@ -117,38 +114,40 @@ def _iterate_relaxed(
     A prototype may end up with less mass than floating point can hold, so masses are logarithms.
     These and f are multiplied by ε and scaled as the scores are; see ``_plan.py``.
     """
-    shifts = _largest_scores(plans, group)
+    shifts = _largest_scores(kernels, group)
     wanted = [
         _equal_mass(shift) if mass is None else mass
         for mass, shift in zip(prototype_masses, shifts, strict=True)
     ]
     # The equations take the sum of r to be 1; what it is comes with the first masses.
     firsts = [
-        torch.cat([plan.start(-shift), plan.log_mass.exp().sum(dim=-1, keepdim=True)], dim=-1)
-        for plan, shift in zip(plans, shifts, strict=True)
+        torch.cat([kernel.start(-shift), kernel.log_mass.exp().sum(dim=-1, keepdim=True)], dim=-1)
+        for kernel, shift in zip(kernels, shifts, strict=True)
     ]
     totals = [
-        total.log_().mul_(plan.temperature)
-        for plan, total in zip(plans, _sums(firsts, group, rider), strict=True)
+        total.log_().mul_(kernel.temperature)
+        for kernel, total in zip(
+            kernels, in_one_collective(sum_over_ranks, firsts, group), strict=True
+        )
     ]
     log_sums = [total[..., :-1] + shift for total, shift in zip(totals, shifts, strict=True)]
     for iteration in range(iterations):
         if iteration > 0:
             # The codes are exp(S/ε + f + g), so that the sum is their mass without f.
             log_masses = in_one_collective(
-                gather_over_ranks, [plan.log_masses() for plan in plans], group
+                gather_over_ranks, [kernel.log_masses() for kernel in kernels], group
             )
             log_sums = [
-                plan.sum_of_logs(of_ranks, 0) - plan.f
-                for of_ranks, plan in zip(log_masses, plans, strict=True)
+                kernel.sum_of_logs(of_ranks, 0) - kernel.f
+                for of_ranks, kernel in zip(log_masses, kernels, strict=True)
             ]
-        for plan, share, log_sum, total in zip(plans, wanted, log_sums, totals, strict=True):
+        for kernel, share, log_sum, total in zip(kernels, wanted, log_sums, totals, strict=True):
             log_total = total[..., -1:]
             log_sum = (log_sum - log_total).masked_fill_(log_total == -math.inf, 0)  # nobody
             rho = traceable(relaxation, share.device)
-            strength = rho / (rho + plan.epsilon)
-            f = strength * (share.log() * plan.temperature - log_sum)
-            plan.relax(f.masked_fill_(share == 0, -math.inf))
+            strength = rho / (rho + kernel.epsilon)
+            f = strength * (share.log() * kernel.temperature - log_sum)
+            kernel.relax(f.masked_fill_(share == 0, -math.inf))
 
 
 def _equal_mass(like: Tensor) -> Tensor:
@@ -156,33 +155,22 @@ def _equal_mass(like: Tensor) -> Tensor:
     return like.new_full((1,), 1 / like.shape[-1])
 
 
-def _largest_scores(plans: Sequence[Plan], group: ProcessGroup | None) -> list[Tensor]:
+def _largest_scores(kernels: Sequence[Kernel], group: ProcessGroup | None) -> list[Tensor]:
     """Return the largest S + ε log r (..., K) of each prototype; 0 where nobody is on any rank.
 
     From now on the masses of samples are relative to the largest of all ranks.
     """
-    of_all = [plan.largest_scores() for plan in plans]
+    of_all = [kernel.largest_scores() for kernel in kernels]
     if group is not None:
         own = [
-            torch.cat([largest, plan.log_largest_mass], dim=-1)
-            for plan, largest in zip(plans, of_all, strict=True)
+            torch.cat([largest, kernel.log_largest_mass], dim=-1)
+            for kernel, largest in zip(kernels, of_all, strict=True)
         ]
         both = in_one_collective(max_over_ranks, own, group)
         of_all = [largest[..., :-1] for largest in both]
-        for plan, largest in zip(plans, both, strict=True):
-            plan.measure(largest[..., -1:])
+        for kernel, largest in zip(kernels, both, strict=True):
+            kernel.measure(largest[..., -1:])
     return [
-        largest.masked_fill_(largest <= plan.lowest, 0)
-        for plan, largest in zip(plans, of_all, strict=True)
+        largest.masked_fill_(largest <= kernel.lowest, 0)
+        for kernel, largest in zip(kernels, of_all, strict=True)
     ]
-
-
-def _sums(
-    values: list[Tensor], group: ProcessGroup | None, rider: Tensor | None = None
-) -> list[Tensor]:
-    """Return the sum of each of the values over the group, that of the ``rider`` in place."""
-    if rider is None:
-        return in_one_collective(sum_over_ranks, values, group)
-    *sums, total = in_one_collective(sum_over_ranks, [*values, rider], group)
-    rider.copy_(total)
-    return sums

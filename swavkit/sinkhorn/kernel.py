@@ -1,4 +1,4 @@
-"""The plan of Sinkhorn-Knopp: P = exp(S/ε), scaled, in blocks that stay in the cache.
+"""The kernel of Sinkhorn-Knopp: P = exp(S/ε), scaled, in blocks that stay in the cache.
 
 It sums masses; which ones are wanted, and how often, is decided in ``_iterations.py``.
 """
@@ -17,7 +17,7 @@ from swavkit._tensors import at_least_float32, empty, on_cpu, scaled_sum, tracea
 from swavkit.sinkhorn.arithmetic import (
     PARTS_OF_A_PRODUCT,
     exponentials,
-    flaws_of,
+    nan_mask_of,
     over_prototypes,
     over_samples,
     products,
@@ -56,10 +56,10 @@ class Block(NamedTuple):
     part: Part
     entries: Tensor  # (..., b, K), scaled scores and then P
     log_mass: Tensor  # (..., b), log r
-    flaw: Tensor  # (..., b), NaN for a sample whose scores are not finite, else 0
+    nan_mask: Tensor  # (..., b), NaN for a sample whose scores are not finite, else 0
 
 
-class Plan:
+class Kernel:
     """Q = diag(v) P diag(u) of a problem or of N, with P = exp((S + f)/ε) up to a factor of rows.
 
     Only f and u have to be told: v always brings the rows of Q to a sum of 1, but for
@@ -81,7 +81,7 @@ class Plan:
         sample_mass: Of (B,) or (N, B) samples, r, in the dtype of all arithmetic; overwritten.
         num_prototypes: K.
         weighted: Whether a mass may be 0.
-        graded: Whether masses of samples or of prototypes may differ in another way than that.
+        fractional: Whether masses of samples or of prototypes may differ in another way than that.
         epsilon: ε.
         codes: (B, K) or (N, B, K), memory for the codes, if they are wanted as a whole.
         memory: For P of a part without that, flat. Between two calls others may write there.
@@ -95,7 +95,7 @@ class Plan:
         num_prototypes: int,
         *,
         weighted: bool,
-        graded: bool,
+        fractional: bool,
         epsilon: float,
         codes: Tensor | None = None,
         memory: Tensor | None = None,
@@ -104,7 +104,7 @@ class Plan:
         self.log_mass, self.log_largest_mass = sample_mass
         self.epsilon = traceable(epsilon, self.log_mass.device)
         self.all_codes = codes
-        self.weighted, self.graded = weighted, graded
+        self.weighted, self.fractional = weighted, fractional
         dtype = self.log_mass.dtype
         self.scale_of_scores, self.rate = scale_and_rate(self.epsilon, dtype)
         self.temperature = self.epsilon * self.scale_of_scores
@@ -112,8 +112,10 @@ class Plan:
         self.shape = (*self.log_mass.shape[:-1], num_prototypes)
         self.scalings = 0  # by u, of one P
         self.log_factor: Tensor | None = None  # of u, if it may be out of range
-        self.flaw = torch.empty_like(self.log_mass)
-        self.level = torch.empty_like(self.log_mass)  # the largest S + f of a row; NaN by a flaw
+        self.nan_mask = torch.empty_like(self.log_mass)
+        self.level = torch.empty_like(
+            self.log_mass
+        )  # the largest S + f of a row; NaN by a nan_mask
 
         self.memory = memory
         self.keeps_entries = codes is not None and codes.dtype == dtype
@@ -130,7 +132,7 @@ class Plan:
 
         That must have its place in the memory of the codes, or none of the parts keeps its P.
         """
-        return Block(part, self._room(part), self.log_mass[part], self.flaw[part])
+        return Block(part, self._room(part), self.log_mass[part], self.nan_mask[part])
 
     def _room(self, part: Part) -> Tensor:
         """Return memory for the entries of a part."""
@@ -149,11 +151,11 @@ class Plan:
         have scores that are not finite.
         """
         largest = self._over_blocks(self._largest_of, torch.maximum, self.lowest)
-        self.code_mass = self.flaw + 1  # what a code must sum to
-        flawed = self.flaw.isnan()
+        self.code_mass = self.nan_mask + 1  # what a code must sum to
+        masked = self.nan_mask.isnan()
         if self.weighted:
-            self.code_mass.masked_fill_(flawed & (self.log_mass == -math.inf), 0)
-        self.log_mass.masked_fill_(flawed, -math.inf)
+            self.code_mass.masked_fill_(masked & (self.log_mass == -math.inf), 0)
+        self.log_mass.masked_fill_(masked, -math.inf)
         return largest
 
     def measure(self, log_largest_mass: Tensor) -> None:
@@ -167,11 +169,11 @@ class Plan:
         """
         self.f, self.u = f, torch.ones_like(f)
         self.mass = self.log_mass.exp()
-        if self.graded:  # as above, and masses below the range of floating point too
+        if self.fractional:  # as above, and masses below the range of floating point too
             root = (self.log_mass / 2).exp_()
             self.mass = root * _UNIT_OF_MASSES * root
         sums = self._over_blocks(self._start_of, torch.add, 0)
-        self.holds_p, self.knows_level = self.keeps_entries, not self.graded
+        self.holds_p, self.knows_level = self.keeps_entries, not self.fractional
         return sums
 
     def scale(self, wanted: Tensor, masses: Tensor) -> None:
@@ -179,27 +181,27 @@ class Plan:
 
         A prototype without a mass stays as it is: none is wanted there, or nobody is present.
         """
-        if self.graded:
+        if self.fractional:
             self.log_factor = (wanted.log() - masses.log()).masked_fill_(masses == 0, 0)
         else:
             self.u = self.u * (wanted / masses).masked_fill_(masses == 0, 1)
             self.scalings += 1
 
     def masses(self) -> Tensor:
-        """Return the masses of the prototypes in Q, (..., K), in a unit of all plans.
+        """Return the masses of the prototypes in Q, (..., K), in a unit of all kernels.
 
         They do not tell how u is spread over ``f`` and ``u``, which may differ from process to
         process.
         """
-        if self.graded or self.scalings == SCALINGS_OF_ONE_P:
+        if self.fractional or self.scalings == SCALINGS_OF_ONE_P:
             self._absorb()
         sums = self._over_blocks(self._sums_of, torch.add, 0)
-        self.holds_p, self.knows_level = self.keeps_entries, not self.graded
+        self.holds_p, self.knows_level = self.keeps_entries, not self.fractional
         sums *= self.u
-        return sums if self.graded else sums.mul_(_UNIT_OF_MASSES)
+        return sums if self.fractional else sums.mul_(_UNIT_OF_MASSES)
 
     def codes(self, rounded: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Return Q, (..., B, K), in the dtype of the memory for it. The plan is used up.
+        """Return Q, (..., B, K), in the dtype of the memory for it. The kernel is used up.
 
         ``rounded`` changes codes in place, in the dtype of the arithmetic.
         """
@@ -284,8 +286,8 @@ class Plan:
 
     def _largest_of(self, block: Block) -> Tensor:
         scores = self.scores(block.part)
-        block.flaw.copy_(flaws_of(scores))
-        added = block.flaw
+        block.nan_mask.copy_(nan_mask_of(scores))
+        added = block.nan_mask
         if self.weighted:
             added = scaled_sum(added, block.log_mass, self.temperature)
         return self._scaled(block, scores, added).amax(dim=-2)
@@ -294,7 +296,7 @@ class Plan:
         """Compute S + f."""
         if scores is None:
             scores = self.scores(block.part)
-        return self._scaled(block, scores, block.flaw).add_(_row(self.f, block))
+        return self._scaled(block, scores, block.nan_mask).add_(_row(self.f, block))
 
     def _start_of(self, block: Block) -> Tensor:
         if self.weighted or not self.keeps_entries:
@@ -332,8 +334,8 @@ class Plan:
         return entries.sub_(level).mul_(self.rate).exp_().nan_to_num_(1)
 
     def _exponentials_of(self, block: Block, entries: Tensor) -> Tensor:
-        largest = exponentials(entries, self.rate, _LOG_UNIT_OF_P if self.graded else 0)
-        self.level[block.part] = largest + block.flaw
+        largest = exponentials(entries, self.rate, _LOG_UNIT_OF_P if self.fractional else 0)
+        self.level[block.part] = largest + block.nan_mask
         return largest
 
 
@@ -346,17 +348,17 @@ def fits_at_once(scores: Tensor, iterations: int) -> bool:
 def codes_at_once(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     """Return the codes of scores (B, K) or (N, B, K), with equal masses, in few operations.
 
-    They are in the dtype of the arithmetic. The steps are those of a :class:`Plan` of one part.
+    They are in the dtype of the arithmetic. The steps are those of a :class:`Kernel` of one part.
     """
     dtype = at_least_float32(scores.dtype)
     lowest = torch.finfo(dtype).min / 4
     scale, rate = scale_and_rate(traceable(epsilon, scores.device), dtype)
-    flaw = flaws_of(scores).to(dtype).unsqueeze(-1)
-    entries = scaled_sum(flaw, scores, scale)
+    nan_mask = nan_mask_of(scores).to(dtype).unsqueeze(-1)
+    entries = scaled_sum(nan_mask, scores, scale)
     entries.nan_to_num_(lowest, lowest, lowest)
     entries.sub_(entries.amax(dim=-2, keepdim=True))
     largest = exponentials(entries, rate)
-    factor = flaw.exp_()  # NaN or 1, what a code must sum to
+    factor = nan_mask.exp_()  # NaN or 1, what a code must sum to
     sample_mass = factor.squeeze(-1).nan_to_num(0)
     v = largest.mul_(rate).exp_().mul_(sample_mass)
     transposed = entries.mT

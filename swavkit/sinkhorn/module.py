@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, overload
 
-import torch
 from torch import Tensor, nn
 
 from swavkit import _checks
 from swavkit.distributed.agreement import Agreement
 from swavkit.distributed.collectives import GroupHandle, participants
-from swavkit.sinkhorn.functional import Settings, checked_settings, solve
+from swavkit.sinkhorn.functional import (
+    Settings,
+    Weights,
+    checked_problems,
+    checked_settings,
+    solve,
+)
 
 if TYPE_CHECKING:
     from swavkit.distributed.collectives import ProcessGroup
@@ -21,32 +26,32 @@ __all__ = ["SinkhornKnopp"]
 
 
 class SinkhornKnopp(nn.Module):
-    """Module form of :func:`sinkhorn_knopp`: it holds the settings.
+    """Module form of :func:`sinkhorn_knopp`.
 
-    In ``eval()`` it does not talk to other processes, so that one process can validate alone. In a
-    job with several, the first training call compares the settings and the shape of the problem
-    over the group, and raises the same error everywhere if they differ.
+    In ``eval()`` it does not communicate, so that one rank can validate alone. In a distributed
+    job, the first training call compares the settings and the shapes over the ranks, and raises the
+    same error on all of them if they differ.
 
     Args:
         epsilon: The entropy temperature ε > 0, in the unit of the scores.
-        iterations: How many iterations, at least 1; with ``tolerance``, at most so many.
-        process_group: The processes that share the batch; the default group if ``None``. A deep
-            copy of the module shares the group; pickling drops it, and the loaded module must be
-            given a new one (``module.process_group = ...``) before its next use.
-        synchronize: Whether to share the batch with other processes in training mode; ``"always"``
-            for ``eval()`` too, where then all processes must make the call.
-        relaxation: How strictly equal use is asked for, ρ > 0; infinite is strict.
-        tolerance: Stop as soon as the marginal error is at most this; reads a value on the host.
-        hard: Whether to round each code to the prototype of its largest entry.
-        validate: Whether to refuse bad values of scores and weights; reads values on the host.
+        iterations: The number of iterations, at least 1. The maximum number with ``tolerance``.
+        process_group: The ranks that share the batch; the default group if ``None``. A deep copy
+            of the module shares the group. Pickling drops it, and the loaded module needs a new one
+            (``module.process_group = ...``) before its next use.
+        synchronize: Whether to share the batch with other ranks in training mode; ``"always"``
+            includes ``eval()``, where all ranks must then make the call.
+        relaxation: The strength ρ > 0 of the constraint on the prototypes' masses.
+        tolerance: Stop when the marginal error is at most this; reads a value on the host.
+        hard: Whether to round each code to its largest entry.
+        validate: Whether to check the values of scores and weights; reads values on the host.
 
     Shape:
         scores (..., B, K), ``sample_weight`` (..., B) or (B,), ``prototype_weight`` (K,) give codes
-        (..., B, K) in the dtype of the scores.
+        (..., B, K) in the dtype of the scores. A sequence of scores gives a list of codes.
 
     Raises:
         TypeError: If a setting is of the wrong type.
-        ValueError: If a setting is out of range, or differs from that of another process.
+        ValueError: If a setting is out of range, or differs between ranks.
 
     Example:
         >>> sinkhorn = SinkhornKnopp(epsilon=0.05, iterations=3)
@@ -89,50 +94,54 @@ class SinkhornKnopp(nn.Module):
     def process_group(self, group: ProcessGroup | None) -> None:
         self._group = GroupHandle(group)
 
+    @overload
     def forward(
         self,
         scores: Tensor,
         sample_weight: Tensor | None = None,
         prototype_weight: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        scores: Sequence[Tensor],
+        sample_weight: Sequence[Tensor | None] | None = None,
+        prototype_weight: Sequence[Tensor | None] | None = None,
+    ) -> list[Tensor]: ...
+
+    def forward(
+        self,
+        scores: Tensor | Sequence[Tensor],
+        sample_weight: Weights = None,
+        prototype_weight: Weights = None,
+    ) -> Tensor | list[Tensor]:
         """Return the codes of ``scores``; see :func:`sinkhorn_knopp`."""
-        return self._in_step([scores], sample_weight, prototype_weight)[0]
+        settings, group = self._settings(), self._participants()
+        problems = checked_problems(scores, sample_weight, prototype_weight)
+        shapes = [problem.scores.shape for problem in problems]
+        self._compare(
+            sum(math.prod(shape[:-2]) for shape in shapes),
+            sum(shape[-1] for shape in shapes),
+            problems[0].scores,
+            any(problem.prototype_weight is not None for problem in problems),
+        )
+        codes = solve(problems, settings, group)
+        return codes[0] if isinstance(scores, Tensor) else codes
 
     if TYPE_CHECKING:
         __call__ = forward  # nn.Module's returns anything
 
-    def _in_step(
-        self,
-        several: Sequence[Tensor],
-        sample_weight: Tensor | None,
-        prototype_weight: Tensor | None = None,
-        rider: Tensor | None = None,
-    ) -> list[Tensor]:
-        """Return the codes of each of several scores, with no more collectives than of one.
-
-        ``rider`` is summed over the processes along with them, in place.
-        """
-        settings, group = self._settings(), self._participants()
-        for scores in several:
-            _checks.of_samples_and_prototypes("scores", scores)
-        prototypes = sum(scores.shape[-1] for scores in several)
-        shape = math.prod(several[0].shape[:-2]), prototypes
-        dtype, device = several[0].dtype, several[0].device
-        self._compare(shape, dtype, device, prototype_weight is not None)
-        return solve(several, sample_weight, prototype_weight, settings, group, rider)
-
-    def _compare(
-        self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, prior: bool = False
-    ) -> None:
-        """Compare ``shape``, the numbers of problems and prototypes, and the settings, if due."""
+    def _compare(self, problems: int, prototypes: int, like: Tensor, prior: bool = False) -> None:
+        """Compare the settings and numbers of problems and prototypes over the ranks, if due."""
         record = {
-            "num_prototypes": shape[1],
-            "the number of problems": shape[0],
-            "the dtype of scores": dtype,
+            "num_prototypes": prototypes,
+            "the number of problems": problems,
+            "the dtype of scores": like.dtype,
             "whether prototype_weight is given": prior,
             **self._settings()._asdict(),
         }
-        self._agreement.require(lambda: record, self._participants(), device)
+        self._agreement.require(lambda: record, self._participants(), like.device)
 
     def _participants(self) -> ProcessGroup | None:
         """Return the processes that share the batch of a call now, or ``None``."""
