@@ -1,4 +1,4 @@
-"""SwAV as one module: the parts, wired."""
+"""``SwAVLoss``: the parts of SwAV wired into one module."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from swavkit.distributed.collectives import ProcessGroup
 
     class _Prototypes(PrototypeLayer, nn.ModuleList):
-        """What ``SwAVLoss.prototypes`` is to a type checker: a layer, or a list of layers."""
+        """The type of ``SwAVLoss.prototypes``: a layer, or a list of layers."""
 
         def __iter__(self) -> Iterator[PrototypeLayer]: ...
         def __getitem__(self, index: int) -> PrototypeLayer: ...  # type: ignore[override]
@@ -61,56 +61,58 @@ _ADVICE = {
 class SwAVLoss(OwnState):
     """The SwAV loss of the features of several views, with its prototypes and its queue.
 
-    It is the parts, wired; with a queue and nothing else switched on, a training step is::
+    It wires the parts. With a queue, a training step is::
 
-        scores = [prototypes(view) for view in features]
-        recent = prototypes(queue.features)
-        codes = sinkhorn(cat([scores[:A], recent], dim=1), cat([ones(B), queue.valid]))[:, :B]
+        scores = prototypes(features)  # (V, B, K), the first A views give codes
+        queued = prototypes(queue.features)
+        weight = cat([ones(B), queue.valid])
+        codes = sinkhorn(cat([scores[:A], queued], dim=1), weight)[:, :B]
         value = loss(scores, codes)
         queue.push(unit_rows(features[:A]))
 
-    While nobody looks at the parts, by hooks or by asking for details, the gradient of the scores
-    goes to features and prototypes without being held: the same numbers, with one matrix of the
-    size of the scores instead of three.
+    With many scores or a queue, and unless a part is hooked or details are requested, codes, loss
+    and gradients are computed block by block instead. The results are the same, without the scores
+    of all views in memory.
 
-    Parameters and state belong to the module: give its parameters to the optimizer, save its
+    The module owns parameters and state. Give its parameters to the optimizer, save its
     ``state_dict()``, and in a distributed job wrap it in DDP or FSDP2, alone or inside the model.
-    Left bare, prototypes would drift apart: they and the settings are compared over processes at
-    the 1st, 2nd, 4th, 8th ... training call that is not compiled, and by :meth:`check_ranks`.
+    Without a wrapper the prototypes of the ranks drift apart. They and the settings are therefore
+    compared over ranks at the 1st, 2nd, 4th, 8th ... training call that is not compiled, and by
+    :meth:`check_ranks`.
 
     Args:
         feature_dim: D, the number of features.
-        num_prototypes: K, the number of prototypes; or a sequence of numbers for as many heads,
-            each with prototypes and codes of its own: the loss is the mean over heads. Over
-            processes they go in step, with as many collectives as one.
-        num_code_views: A, how many of the views, the first ones, give codes.
+        num_prototypes: K, the number of prototypes. A sequence of numbers makes as many heads, each
+            with its own prototypes and codes. The loss is then the mean over heads. Over ranks,
+            several heads take as many collectives as one.
+        num_code_views: A, the number of views that give codes. They come first.
         temperature: The softmax temperature τ of the predictions.
         epsilon: The entropy temperature ε of the codes.
-        iterations: The Sinkhorn-Knopp iterations of the codes.
-        queue_length: The slots of the feature queue, per process and code view; 0 for no queue.
-        queue_start: For how many training steps the queue only fills. From then on, and not before
-            the second step, codes are computed on the current features and the queue's.
-        freeze_steps: For how many training steps the prototypes get a gradient of zeros. Weight
-            decay may rescale them meanwhile, which changes no score; Adam's coupled decay can turn
-            them, and so can SGD with momentum and a decay of several per cent a step.
-        memory: ``"full"`` holds the scores of all views; ``"streamed"`` computes them again block
-            by block, with the same result, and holds none; ``"auto"`` streams where scores and
-            codes of all heads would take more than 1 GiB, and then holds what codes are made
-            from if that takes no more. Details, validated codes, and a part that is replaced or
-            has hooks need ``"full"`` or ``"auto"``.
-        reduction: ``"mean"``: over the samples of this process. ``"global_mean"``, for batches of
-            different sizes: scaled so that the mean over processes, which DDP makes of gradients,
-            is the mean over all samples of those that share codes. Where a call does not
-            synchronise, both are the same.
-        shard_prototypes: Whether each process keeps a part of the prototypes only, for K that one
-            device should not hold: see "Sharded prototypes" in the documentation. One process alone
-            keeps all.
-        process_group: The processes that share the batch for codes; the default group if ``None``.
-        synchronize: Whether to share the batch for codes with other processes in training mode;
-            ``"always"`` for ``eval()`` too, where then all processes must make the call.
-        prototype_gradient: How the norm of the stored prototypes is differentiated, see
+        iterations: The number of Sinkhorn-Knopp iterations.
+        queue_length: The slots of the feature queue, per rank and code view; 0 for no queue.
+        queue_start: The number of training steps in which the queue only fills. After them, from
+            the second step on at the earliest, codes are computed on current and queued features.
+        freeze_steps: The number of training steps in which the prototypes get a gradient of zeros.
+            Weight decay may rescale them in these steps, which changes no score. Adam's coupled
+            decay can turn them, and so can SGD with momentum and a decay of several per cent a
+            step.
+        memory: ``"full"`` calls the parts, which holds the scores of all views. ``"streamed"``
+            computes block by block and holds none. ``"auto"`` calls the parts for up to 2^21
+            scores without a queue. Otherwise it computes block by block, and keeps the kernels of
+            the code views if they take at most 1 GiB. Details, validated codes, and a part that is
+            replaced or hooked need ``"full"`` or ``"auto"``.
+        reduction: ``"mean"`` is the mean over the samples of this rank. ``"global_mean"``, for
+            batches of different sizes, is scaled so that the mean over ranks, which DDP makes of
+            gradients, is the mean over all samples. If a call does not synchronize, both are the
+            same.
+        shard_prototypes: Whether each rank keeps a part of the prototypes only, for a large K. See
+            "Sharded prototypes" in the documentation. One rank alone keeps all.
+        process_group: The ranks that share the batch for codes; the default group if ``None``.
+        synchronize: Whether to share the batch for codes with other ranks in training mode;
+            ``"always"`` includes ``eval()``, where all ranks must then make the call.
+        prototype_gradient: The treatment of the norm of the stored prototypes, see
             :class:`PrototypeLayer`.
-        queue_dtype: In which floating dtype the queue stores features, see :class:`FeatureQueue`.
+        queue_dtype: The floating dtype of the queue's features, see :class:`FeatureQueue`.
 
     Attributes:
         prototypes: The :class:`PrototypeLayer`; for a sequence of numbers, of length 1 too, a
@@ -118,17 +120,17 @@ class SwAVLoss(OwnState):
         sinkhorn: The :class:`SinkhornKnopp`.
         loss: The :class:`SwappedPredictionLoss`.
         queue: The :class:`FeatureQueue`, or ``None`` without one.
-        steps: int64 scalar, the training steps so far. A forward in ``eval()`` changes no state.
-            Like the queue's tensors it is saved and moved with the module and is no buffer. DDP
-            does not send it to other processes, so load a checkpoint on every one of them. Weight
-            averaging (``AveragedModel``, Lightning) does not touch it: an averaged copy keeps the
-            counter and the queue with which it was made. To train on from averaged prototypes, load
-            them into the criterion that was trained.
+        steps: int64 scalar, the number of training steps so far. A forward in ``eval()`` changes no
+            state. Like the queue's tensors, it is saved and moved with the module but is no buffer.
+            DDP does not broadcast it, so load a checkpoint on every rank. Weight averaging
+            (``AveragedModel``, Lightning) does not change it: an averaged copy keeps the counter
+            and the queue with which it was made. To continue training from averaged prototypes,
+            load them into the criterion that was trained.
 
     Raises:
         TypeError: If a setting or an input is of the wrong type.
         ValueError: If a setting is out of range, a shape or device does not fit, or settings or
-            prototypes differ between processes.
+            prototypes differ between ranks.
         RuntimeError: In a backward pass with ``create_graph=True``: there is no second derivative.
 
     Example:
@@ -196,10 +198,9 @@ class SwAVLoss(OwnState):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the prototypes anew, empty the queue, and set the counter of steps to 0, in place.
+        """Draw new prototypes, empty the queue, and set the step counter to 0, in place.
 
-        After ``to_empty()`` it gives a criterion that was made on the meta device its first state.
-        Deferred initialization may also call the ``reset_parameters()`` of every module.
+        It initializes a criterion that was made on the meta device, after ``to_empty()``.
         """
         for head in self._heads():
             head._require_stored_weight()
@@ -245,9 +246,8 @@ class SwAVLoss(OwnState):
             return_details: Whether to return ``(loss, details)``.
 
         Returns:
-            The loss, a scalar in float32 (float64 for float64 features), reduced as ``reduction``
-            says; with ``return_details`` also the :class:`SwAVDetails`, or for a sequence of heads
-            a tuple of them, one for each.
+            The loss, a scalar in float32 (float64 for float64 features). With ``return_details``
+            also the :class:`SwAVDetails`, or a tuple of them for a sequence of heads.
         """
         heads = self._heads()
         self._check_settings()
@@ -333,13 +333,13 @@ class SwAVLoss(OwnState):
         )
 
     def check_ranks(self) -> None:
-        """Compare settings and prototypes with those of the other processes, which must all call.
+        """Compare settings and prototypes over all ranks, which must all call.
 
-        In training that happens by itself, see above; this is for before a long run, and for a
-        compiled step, in which it does not. Reads values on the host.
+        Eager training does so by itself. Call it before a long run, and with a compiled step. It
+        reads values on the host.
 
         Raises:
-            ValueError: If something differs, on all processes; the text names it and all values.
+            ValueError: On all ranks, if something differs. The text names it and all values.
         """
         sinkhorn = _checks.instance("sinkhorn", self.sinkhorn, SinkhornKnopp)
         group = participants(sinkhorn.process_group, True)
@@ -347,7 +347,7 @@ class SwAVLoss(OwnState):
         self._agreement.require(self._record, group, device, advice=_ADVICE, again=True)
 
     def _check_settings(self) -> None:
-        """Refuse bad settings, at construction and where they were changed since."""
+        """Check the settings, at construction and again at each use."""
         _checks.positive_int("num_code_views", self.num_code_views)
         _checks.non_negative_int("queue_start", self.queue_start)
         _checks.non_negative_int("freeze_steps", self.freeze_steps)

@@ -11,23 +11,35 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "swavkit"
-FILES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+FILES = sorted(
+    path.relative_to(PACKAGE).with_suffix("").as_posix()
+    for path in PACKAGE.rglob("*.py")
+    if path.parent == PACKAGE or path.stem != "__init__"
+)
+FOLDERS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 EACH_FILE = pytest.mark.parametrize("file", FILES)
 
 # The rows of the table: a file, and the last column, which says from whom it may import.
-ROW = re.compile(r"^   \* - ``(\w+)\.py``\n     - .+\n     - (.+)$", flags=re.MULTILINE)
-ROOMS: dict[str, str] = dict(ROW.findall((ROOT / "docs" / "design.rst").read_text("utf-8")))
-ORDER = list(ROOMS)
+ROW = re.compile(r"^   \* - ``([\w/]+)\.py``\n     - .+\n     - (.+)$", flags=re.MULTILINE)
+TABLE: dict[str, str] = dict(ROW.findall((ROOT / "docs" / "design.rst").read_text("utf-8")))
+ORDER = list(TABLE)
+
+
+def files_of(name: str) -> set[str]:
+    """Return a file, or all files of a folder and the folder itself, which re-exports them."""
+    if name in FOLDERS:
+        return {name, *(file for file in FILES if file.startswith(f"{name}/"))}
+    return {name}
 
 
 def permitted(file: str) -> set[str]:
-    """Return the files that this one may import from, by its row."""
-    allowed = ROOMS[file]
-    if allowed in ("all", "every component"):
-        return set(ORDER[ORDER.index(file) + 1 :])
-    names = set(re.findall(r"``(\w+)``", allowed))
+    """Return the files and folders that this one may import from, by its row."""
+    allowed = TABLE[file]
+    if allowed == "all":
+        return {*ORDER[ORDER.index(file) + 1 :], *FOLDERS}
+    names = set(re.findall(r"``([\w/]+)``", allowed))
     assert names or allowed == "–", f"the row of {file} says {allowed!r}"
-    return names
+    return set().union(*map(files_of, names)) - {file}
 
 
 def syntax_of(file: str) -> ast.Module:
@@ -52,9 +64,26 @@ def imports(tree: ast.Module) -> set[str]:
 
 
 def imported_files(tree: ast.Module) -> set[str]:
-    """Return the files of the package that a file imports from."""
-    inside = [name.split(".") for name in imports(tree) if name.startswith("swavkit.")]
-    return {parts[1] for parts in inside}
+    """Return the files of the package that a file imports from, and folders that re-export."""
+    found = set()
+    for name in imports(tree):
+        package, *parts = name.split(".")
+        if package != "swavkit" or not parts:
+            continue
+        for end in (2, 1):  # the longest name that is a file or a folder
+            path = "/".join(parts[:end])
+            if path in FILES or path in FOLDERS:
+                found.add(path)
+                break
+    # "from swavkit.multicrop import box_ops" names the folder along with the file.
+    reached = {path.partition("/")[0] for path in found if "/" in path}
+    re_exported = {
+        folder
+        for folder in FOLDERS
+        for name in imports(tree)
+        if name.startswith(f"swavkit.{folder}.") and f"{folder}/{name.split('.')[2]}" not in FILES
+    }
+    return {path for path in found if path not in reached or path in re_exported}
 
 
 def dotted_names(tree: ast.Module) -> set[str]:
@@ -71,36 +100,43 @@ def test_a_file_imports_only_from_those_that_its_row_names(file: str) -> None:
     assert imported_files(syntax_of(file)) <= permitted(file)
 
 
-def test_the_table_names_only_files_further_down() -> None:
-    for position, file in enumerate(ORDER):
-        assert permitted(file) <= set(ORDER[position + 1 :]), file
+@EACH_FILE
+def test_a_file_imports_only_from_files_further_down(file: str) -> None:
+    below = {*ORDER[ORDER.index(file) + 1 :]}
+    imported = set().union(
+        *(files_of(name) - {name} or {name} for name in imported_files(syntax_of(file)))
+    )
+    assert imported <= below
 
 
-def test_components_know_no_other_but_groups_a_default_step_and_masses() -> None:
-    between = {
-        (file, other)
-        for file in set(ORDER) - {"__init__", "swav", "_heads"}
-        for other in permitted(file)
-        if not other.startswith("_")
-    }
-    assert between == {
-        ("multicrop", "crop_group"),
-        ("multicrop", "photometric"),
-        ("crop_group", "photometric"),
-        ("sinkhorn", "marginals"),
+def test_components_know_few_others() -> None:
+    """A component is a folder, or a public file of its own."""
+    components = {file.partition("/")[0] for file in FILES} - {"__init__", "swav", "distributed"}
+    between = set()
+    for file in FILES:
+        own = file.partition("/")[0]
+        others = {name.partition("/")[0] for name in imported_files(syntax_of(file))}
+        between |= {(own, other) for other in others if not other.startswith("_")}
+    assert {pair for pair in between if pair[0] in components and pair[1] in components} - {
+        (component, component) for component in components
+    } == {
+        ("_head_losses", "fused"),
+        ("_head_losses", "prototypes"),
+        ("_head_losses", "sinkhorn"),
+        ("_head_losses", "swapped_prediction"),
         ("checkpoints", "feature_queue"),
-        ("sharded_prototypes", "prototypes"),
-        ("sharded_prototypes", "sharded"),
-        ("sharded_prototypes", "sinkhorn"),
-        ("sharded_prototypes", "swapped_prediction"),
-        ("_block_scores", "marginals"),
-        ("streaming", "sinkhorn"),
-        ("streaming", "swapped_prediction"),
+        ("fused", "sinkhorn"),
+        ("fused", "swapped_prediction"),
+        ("sharded", "prototypes"),
+        ("sharded", "sinkhorn"),
+        ("sharded", "swapped_prediction"),
     }
 
 
-def test_only_the_loss_looks_into_the_room_of_its_heads() -> None:
-    assert [file for file in FILES if "_heads" in imported_files(syntax_of(file))] == ["swav"]
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_only_re_exports(folder: str) -> None:
+    for statement in syntax_of(f"{folder}/__init__").body:
+        assert isinstance(statement, (ast.ImportFrom, ast.Assign, ast.Expr))
 
 
 @EACH_FILE
@@ -108,7 +144,7 @@ def test_one_file_talks_to_other_processes(file: str) -> None:
     tree = syntax_of(file)
     used = imports(tree) | dotted_names(tree)
     talks = {name for name in used if re.match(r"torch\.(distributed|_C\._distributed)", name)}
-    assert bool(talks) == (file == "_distributed")
+    assert bool(talks) == (file == "distributed/collectives")
 
 
 @EACH_FILE
@@ -123,7 +159,7 @@ def test_no_file_has_ambient_settings_or_names_a_device(file: str) -> None:
     # A generator made from a seed is no ambient setting; whether a graph is captured is asked once.
     names = dotted_names(tree) - {"torch.Generator().manual_seed"}
     if "torch.cuda.is_current_stream_capturing" in names:
-        assert file == "_device"
+        assert file == "_tensors"
         names -= {"torch.cuda"}
     methods = {name.rsplit(".", 1)[-1] for name in names}
     assert not methods & {"cuda", "environ", "getenv", "manual_seed", "set_rng_state"}
@@ -146,10 +182,15 @@ def test_a_file_is_short_enough_to_read_in_one_sitting(file: str) -> None:
     ("code", "files"),
     [
         ("import swavkit.swav", {"swav"}),
-        ("import swavkit.sinkhorn as codes", {"sinkhorn"}),
+        ("import swavkit.sinkhorn.kernel as kernel", {"sinkhorn/kernel"}),
         ("from swavkit import _checks", {"_checks"}),
+        ("from swavkit.multicrop import box_ops", {"multicrop/box_ops"}),
+        ("from swavkit.sinkhorn import SinkhornKnopp", {"sinkhorn"}),
         ("from swavkit.prototypes import unit_rows", {"prototypes"}),
-        ("if TYPE_CHECKING:\n    from swavkit._distributed import ProcessGroup", {"_distributed"}),
+        (
+            "if TYPE_CHECKING:\n    from swavkit.distributed.collectives import ProcessGroup",
+            {"distributed/collectives"},
+        ),
         ("def late():\n    from swavkit.swav import SwAVLoss", {"swav"}),
         ("import torch", set()),
     ],

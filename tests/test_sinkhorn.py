@@ -578,12 +578,12 @@ def test_the_scale_of_weights_exhausts_no_range(
 def small_blocks() -> Iterator[None]:
     """Let a block take 4 samples of 5 prototypes, and a product of them 2 parts."""
     with (
-        patch.object(kernel, "_ENTRIES_OF_A_BLOCK", 20),
+        patch.object(kernel, "_VALUES_OF_A_BLOCK", 20),
         patch.object(kernel, "_SAMPLES_OF_A_BLOCK", 4),
         patch.object(kernel, "PARTS_OF_A_PRODUCT", 2),
         patch.object(arithmetic, "PARTS_OF_A_PRODUCT", 2),
-        patch.object(arithmetic, "_ENTRIES_OF_A_PART", 4),
-        patch.object(kernel, "_ENTRIES_AT_ONCE", 0),
+        patch.object(arithmetic, "_VALUES_OF_A_PART", 4),
+        patch.object(kernel, "_VALUES_AT_ONCE", 0),
     ):
         yield
 

@@ -36,7 +36,7 @@ from swavkit.distributed.collectives import (
     sum_over_ranks,
 )
 from swavkit.sinkhorn.arithmetic import nan_mask_of, over_prototypes, over_samples
-from swavkit.sinkhorn.kernel import SCALINGS_OF_ONE_P
+from swavkit.sinkhorn.kernel import SCALINGS_OF_ONE_KERNEL
 
 if TYPE_CHECKING:
     from swavkit.distributed.collectives import ProcessGroup
@@ -131,7 +131,7 @@ def sharded_codes(
         (A, N, k) in float32, or in float64 for float64 scores.
     """
     dtype = at_least_float32(scores.dtype)
-    in_log_domain = fractional or iterations > SCALINGS_OF_ONE_P
+    in_log_domain = fractional or iterations > SCALINGS_OF_ONE_KERNEL
     with autocast_disabled(scores.device):
         nan_mask = nan_mask_of(scores).to(
             dtype

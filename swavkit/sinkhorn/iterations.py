@@ -46,7 +46,7 @@ def find_u(
         tolerance: A kernel stops when its marginal error is at most this.
         group: The ranks.
     """
-    if group is None and len(kernels) > 1:  # nothing to send: each while its P is in the caches
+    if group is None and len(kernels) > 1:  # one by one, while P is in the cache
         for kernel, mass in zip(kernels, prototype_masses, strict=True):
             find_u([kernel], [mass], iterations, relaxation, tolerance, None)
     elif relaxation == math.inf:
@@ -62,39 +62,39 @@ def _iterate(
     tolerance: float | None,
     group: ProcessGroup | None,
 ) -> None:
-    """Bring new kernels as near to the masses of their prototypes as is asked for."""
-    firsts, wanted = [], []
+    """Run strict iterations until their number or the tolerance is reached."""
+    first_masses, targets = [], []
     for kernel, mass, largest in zip(
         kernels, prototype_masses, _largest_scores(kernels, group), strict=True
     ):
         f = -largest if mass is None else mass.log() * kernel.temperature - largest
-        wanted.append(_equal_mass(f) if mass is None else mass)
-        firsts.append(kernel.start(f))
-    masses = in_one_collective(sum_over_ranks, firsts, group)
+        targets.append(_equal_mass(f) if mass is None else mass)
+        first_masses.append(kernel.start(f))
+    masses = in_one_collective(sum_over_ranks, first_masses, group)
     for iteration in range(iterations):
         if iteration > 0:
             masses = in_one_collective(
                 sum_over_ranks, [kernel.masses() for kernel in kernels], group
             )
-            if iteration == 1:  # v follows any factor of u, so the first u need not know the total
-                wanted = [
+            if iteration == 1:  # the total mass; v cancels any factor of the first u
+                targets = [
                     share * mass.sum(dim=-1, keepdim=True)
-                    for share, mass in zip(wanted, masses, strict=True)
+                    for share, mass in zip(targets, masses, strict=True)
                 ]
-            if tolerance is not None:  # all processes see the same masses
-                far = [not _near(*pair, tolerance) for pair in zip(masses, wanted, strict=True)]
+            if tolerance is not None:  # all ranks see the same masses
+                far = [not _near(*pair, tolerance) for pair in zip(masses, targets, strict=True)]
                 kernels = list(itertools.compress(kernels, far))
-                wanted = list(itertools.compress(wanted, far))
+                targets = list(itertools.compress(targets, far))
                 masses = list(itertools.compress(masses, far))
                 if not kernels:
                     break
-        for kernel, share, mass in zip(kernels, wanted, masses, strict=True):
+        for kernel, share, mass in zip(kernels, targets, masses, strict=True):
             kernel.scale(share, mass)
 
 
-def _near(mass: Tensor, wanted: Tensor, tolerance: float) -> bool:
-    """Tell whether the relative error is within ``tolerance`` everywhere. Waits for the device."""
-    return bool(((mass - wanted).abs() <= tolerance * wanted).all())
+def _near(mass: Tensor, target: Tensor, tolerance: float) -> bool:
+    """Return whether the relative error is at most ``tolerance`` everywhere. Reads the device."""
+    return bool(((mass - target).abs() <= tolerance * target).all())
 
 
 def _iterate_relaxed(
@@ -104,36 +104,36 @@ def _iterate_relaxed(
     relaxation: float,
     group: ProcessGroup | None,
 ) -> None:
-    """Set f of new kernels to what it is after so many iterations in the log domain.
+    """Run relaxed iterations in the log domain, and set f.
 
     One iteration is ::
 
         f = φ (log c - logsumexp_i(S/ε + g + log r))    with φ = ρ / (ρ + ε)
         g = -logsumexp_j(S/ε + f)
 
-    A prototype may end up with less mass than floating point can hold, so masses are logarithms.
-    These and f are multiplied by ε and scaled as the scores are; see ``_plan.py``.
+    Masses are logarithms, since a prototype may get less mass than floating point can hold. They
+    and f are multiplied by ε and scaled like the scores; see ``arithmetic.py``.
     """
     shifts = _largest_scores(kernels, group)
-    wanted = [
+    targets = [
         _equal_mass(shift) if mass is None else mass
         for mass, shift in zip(prototype_masses, shifts, strict=True)
     ]
-    # The equations take the sum of r to be 1; what it is comes with the first masses.
-    firsts = [
+    # r has sum 1 in the equations. Its sum over ranks comes with the first masses.
+    first_masses = [
         torch.cat([kernel.start(-shift), kernel.log_mass.exp().sum(dim=-1, keepdim=True)], dim=-1)
         for kernel, shift in zip(kernels, shifts, strict=True)
     ]
     totals = [
         total.log_().mul_(kernel.temperature)
         for kernel, total in zip(
-            kernels, in_one_collective(sum_over_ranks, firsts, group), strict=True
+            kernels, in_one_collective(sum_over_ranks, first_masses, group), strict=True
         )
     ]
     log_sums = [total[..., :-1] + shift for total, shift in zip(totals, shifts, strict=True)]
     for iteration in range(iterations):
         if iteration > 0:
-            # The codes are exp(S/ε + f + g), so that the sum is their mass without f.
+            # Their sums over ranks include f.
             log_masses = in_one_collective(
                 gather_over_ranks, [kernel.log_masses() for kernel in kernels], group
             )
@@ -141,9 +141,11 @@ def _iterate_relaxed(
                 kernel.sum_of_logs(of_ranks, 0) - kernel.f
                 for of_ranks, kernel in zip(log_masses, kernels, strict=True)
             ]
-        for kernel, share, log_sum, total in zip(kernels, wanted, log_sums, totals, strict=True):
+        for kernel, share, log_sum, total in zip(kernels, targets, log_sums, totals, strict=True):
             log_total = total[..., -1:]
-            log_sum = (log_sum - log_total).masked_fill_(log_total == -math.inf, 0)  # nobody
+            log_sum = (log_sum - log_total).masked_fill_(
+                log_total == -math.inf, 0
+            )  # no sample is present
             rho = traceable(relaxation, share.device)
             strength = rho / (rho + kernel.epsilon)
             f = strength * (share.log() * kernel.temperature - log_sum)
@@ -151,14 +153,14 @@ def _iterate_relaxed(
 
 
 def _equal_mass(like: Tensor) -> Tensor:
-    """Return the one mass that all prototypes are to have, (1,)."""
+    """Return the target mass of all prototypes, (1,)."""
     return like.new_full((1,), 1 / like.shape[-1])
 
 
 def _largest_scores(kernels: Sequence[Kernel], group: ProcessGroup | None) -> list[Tensor]:
-    """Return the largest S + ε log r (..., K) of each prototype; 0 where nobody is on any rank.
+    """Return the largest S + ε log r of each prototype over all ranks, (..., K).
 
-    From now on the masses of samples are relative to the largest of all ranks.
+    It is 0 if no sample counts. Sample masses become relative to the largest of all ranks.
     """
     of_all = [kernel.largest_scores() for kernel in kernels]
     if group is not None:

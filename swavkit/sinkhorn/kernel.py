@@ -1,6 +1,7 @@
-"""The kernel of Sinkhorn-Knopp: P = exp(S/ε), scaled, in blocks that stay in the cache.
+"""The scaled Gibbs kernel P = exp(S/ε) of Sinkhorn-Knopp, in blocks that stay in a CPU's cache.
 
-It sums masses; which ones are wanted, and how often, is decided in ``_iterations.py``.
+It sums masses over the samples of this rank. ``iterations.py`` sums over ranks and applies the
+target marginals.
 """
 
 from __future__ import annotations
@@ -24,67 +25,67 @@ from swavkit.sinkhorn.arithmetic import (
     scale_and_rate,
 )
 
-# The ranges of u and v can grow with each scaling, by up to B·K if all masses are equal. For so
-# many scalings they stay inside that of float32 at any B·K that fits in memory; then P is computed
-# anew. Masses that differ let them grow by as much more; then P is new each time.
-SCALINGS_OF_ONE_P = 5
+# With equal masses, the range of u and v grows by up to B·K per scaling. Five scalings stay inside
+# float32 at any B·K that fits in memory; then P is computed anew. With fractional weights the range
+# grows faster, and P is computed anew each time.
+SCALINGS_OF_ONE_KERNEL = 5
 
-# Masses of samples that differ may span 40 decades, which these factors of masses, of u and of P
-# keep within the range of float32.
-_UNIT_OF_MASSES, _UNIT_OF_U, _LOG_UNIT_OF_P = 2.0**90, 2.0**60, 30 * math.log(2)
+# Sample masses may span 40 decades. These factors of masses, u and P keep them in float32's range.
+_UNIT_OF_MASSES, _UNIT_OF_U, _LOG_UNIT_OF_KERNEL = 2.0**90, 2.0**60, 30 * math.log(2)
 
-# What the caches of a CPU keep from one operation to the next.
-_ENTRIES_OF_A_BLOCK = 2**21
+# The values and samples that a CPU's caches keep from one operation to the next.
+_VALUES_OF_A_BLOCK = 2**21
 _SAMPLES_OF_A_BLOCK = 2**12
 
-# Up to so many, fewer operations save more on a CPU than cheaper ones.
-_ENTRIES_AT_ONCE = 2**20
+# Up to so many values, a CPU gains more from fewer operations than from cheaper ones: 2.8 times at
+# 64×300.
+_VALUES_AT_ONCE = 2**20
 
 Part = tuple[int | slice, ...]  # the index of a problem, if there are several, and of samples
 
 
 class Masses(NamedTuple):
-    """Masses of which only the ratios count, at any scale: the logarithms of (..., N) numbers."""
+    """Logarithms of masses (..., N), relative to the largest one. Only their ratios count."""
 
-    log: Tensor  # (..., N), without log_largest; -inf for a mass of 0, NaN for one below 0
+    log: Tensor  # (..., N), log of mass / largest; -inf for a mass of 0, NaN for one below 0
     log_largest: Tensor  # (..., 1); the lowest number if all masses are 0
 
 
 class Block(NamedTuple):
-    """A part of the problem, or several problems with the same part of each: (..., b, K)."""
+    """Some samples of one problem, or the same samples of several problems."""
 
     part: Part
-    entries: Tensor  # (..., b, K), scaled scores and then P
+    values: Tensor  # (..., b, K), scaled scores and then P
     log_mass: Tensor  # (..., b), log r
-    nan_mask: Tensor  # (..., b), NaN for a sample whose scores are not finite, else 0
+    nan_mask: Tensor  # (..., b), NaN for a sample with a score that is not finite, else 0
 
 
 class Kernel:
-    """Q = diag(v) P diag(u) of a problem or of N, with P = exp((S + f)/ε) up to a factor of rows.
+    """The scaled kernel P = exp((S + f)/ε) of one problem or N, for Q = diag(v) P diag(u).
 
-    Only f and u have to be told: v always brings the rows of Q to a sum of 1, but for
-    :meth:`start`, which finds the masses before any v. Each method reads P, or the scores, once.
+    Each row of P is divided by its largest entry, so that no finite score overflows. Only u and f
+    are state: v follows from them, since each row of Q sums to 1. Each method reads the scores or P
+    once. The order of calls is :meth:`largest_scores`, :meth:`measure` if there are several ranks,
+    :meth:`start`, then :meth:`scale` and :meth:`masses` in turn (or :meth:`relax` and
+    :meth:`log_masses`), and at last :meth:`codes`.
 
-    P is only read, while u changes, until the range of floating point calls for a new P, with u in
-    f. It lies in the memory of the codes. Where they have none, or one too narrow for the
-    arithmetic, P is computed each time it is needed, in the memory of one part.
+    P stays as it is while u changes. When u is about to leave the range of floating point, it is
+    absorbed into f and P is computed anew. P lies in the memory of the codes. If that is missing or
+    narrower than the arithmetic, P of a block is computed whenever it is needed.
 
-    S, f and what is added to them are scaled, see ``_arithmetic.py``; S + f of a row is taken
-    relative to its largest before it is divided by ε, so that no finite scores overflow.
-
-    A sample with a NaN or an infinite score is left out: its mass is 0, and its code NaN, or zeros
-    if it was absent anyway.
+    Scores and f are scaled, see ``arithmetic.py``. A sample with a NaN or infinite score has mass
+    0. Its code is NaN, or zeros if its weight is 0.
 
     Args:
-        scores: Gives the scores (..., b, K) of a part.
-        parts: What is computed at a time; see :func:`parts_of`.
-        sample_mass: Of (B,) or (N, B) samples, r, in the dtype of all arithmetic; overwritten.
+        scores: Returns the scores (..., b, K) of a part.
+        parts: The parts to compute at a time; see :func:`parts_of`.
+        sample_mass: r of (B,) or (N, B) samples, in the dtype of all arithmetic; overwritten.
         num_prototypes: K.
-        weighted: Whether a mass may be 0.
-        fractional: Whether masses of samples or of prototypes may differ in another way than that.
+        weighted: Whether a sample mass may be 0.
+        fractional: Whether masses of samples or prototypes may differ in any other way.
         epsilon: ε.
-        codes: (B, K) or (N, B, K), memory for the codes, if they are wanted as a whole.
-        memory: For P of a part without that, flat. Between two calls others may write there.
+        codes: (B, K) or (N, B, K) memory for the codes, if they are needed as a whole.
+        memory: Flat memory for P of a part without ``codes``. It may be overwritten between calls.
     """
 
     def __init__(
@@ -108,19 +109,17 @@ class Kernel:
         dtype = self.log_mass.dtype
         self.scale_of_scores, self.rate = scale_and_rate(self.epsilon, dtype)
         self.temperature = self.epsilon * self.scale_of_scores
-        self.lowest = torch.finfo(dtype).min / 4  # a scaled score that does not count
+        self.lowest = torch.finfo(dtype).min / 4  # the scaled score of an excluded prototype
         self.shape = (*self.log_mass.shape[:-1], num_prototypes)
-        self.scalings = 0  # by u, of one P
-        self.log_factor: Tensor | None = None  # of u, if it may be out of range
+        self.scalings = 0  # of the present P by u
+        self.log_factor: Tensor | None = None  # of u, if that may be out of range
         self.nan_mask = torch.empty_like(self.log_mass)
-        self.level = torch.empty_like(
-            self.log_mass
-        )  # the largest S + f of a row; NaN by a nan_mask
+        self.level = torch.empty_like(self.log_mass)  # the largest S + f of each row
 
         self.memory = memory
-        self.keeps_entries = codes is not None and codes.dtype == dtype
-        if not self.keeps_entries:
-            self.keeps_entries = len(parts) == 1 and memory is None
+        self.keeps_values = codes is not None and codes.dtype == dtype
+        if not self.keeps_values:
+            self.keeps_values = len(parts) == 1 and memory is None
             if memory is None:
                 samples = max([0, *[self.log_mass[part].numel() for part in parts]])
                 self.memory = empty((samples * num_prototypes,), dtype, self.log_mass)
@@ -128,30 +127,30 @@ class Kernel:
         self.blocks = [self.block(part) for part in parts]
 
     def block(self, part: Part) -> Block:
-        """Return a part of the problem; to :meth:`codes_of` also one that no part is the same as.
+        """Return the block of a part, for :meth:`codes_of` also of one that is not in ``parts``.
 
-        That must have its place in the memory of the codes, or none of the parts keeps its P.
+        That needs the memory of the codes, or parts that keep no P.
         """
         return Block(part, self._room(part), self.log_mass[part], self.nan_mask[part])
 
     def _room(self, part: Part) -> Tensor:
-        """Return memory for the entries of a part."""
+        """Return the memory of a part's values."""
         if self.all_codes is not None and self.all_codes.dtype == self.log_mass.dtype:
             return self.all_codes[part]
         shape = (*self.log_mass[part].shape, self.shape[-1])
-        if torch.compiler.is_compiling():  # does not see that parts would share memory
+        if torch.compiler.is_compiling():  # which does not support aliases
             return self.log_mass.new_empty(shape)
         assert self.memory is not None
         return self.memory[: math.prod(shape)].view(shape)
 
     def largest_scores(self) -> Tensor:
-        """Return the largest S + ε log r (..., K) of each prototype, scaled.
+        """Return the largest S + ε log r of each prototype, (..., K), scaled.
 
-        Where no sample counts it is ``lowest``. To be called first: it also finds out which samples
-        have scores that are not finite.
+        It is ``lowest`` if no sample counts. The method also finds the samples with scores that are
+        not finite.
         """
         largest = self._over_blocks(self._largest_of, torch.maximum, self.lowest)
-        self.code_mass = self.nan_mask + 1  # what a code must sum to
+        self.code_mass = self.nan_mask + 1  # the sum of each code
         masked = self.nan_mask.isnan()
         if self.weighted:
             self.code_mass.masked_fill_(masked & (self.log_mass == -math.inf), 0)
@@ -159,51 +158,47 @@ class Kernel:
         return largest
 
     def measure(self, log_largest_mass: Tensor) -> None:
-        """Take masses of samples relative to another one, (..., 1), than the largest of them."""
+        """Make sample masses relative to a given one, (..., 1), that of all ranks."""
         self.log_mass += self.log_largest_mass - log_largest_mass
 
     def start(self, f: Tensor) -> Tensor:
-        """Set f, and return Σ_i r_i exp((S_ij + f_j)/ε), (..., K).
-
-        None of the r_i exp((S_ij + f_j)/ε) may be above 1.
-        """
+        """Set f and return Σ_i r_i exp((S_ij + f_j)/ε), (..., K), whose terms must be at most 1."""
         self.f, self.u = f, torch.ones_like(f)
         self.mass = self.log_mass.exp()
-        if self.fractional:  # as above, and masses below the range of floating point too
+        if self.fractional:  # in two steps, for masses below the range of floating point
             root = (self.log_mass / 2).exp_()
             self.mass = root * _UNIT_OF_MASSES * root
         sums = self._over_blocks(self._start_of, torch.add, 0)
-        self.holds_p, self.knows_level = self.keeps_entries, not self.fractional
+        self.holds_p, self.knows_level = self.keeps_values, not self.fractional
         return sums
 
-    def scale(self, wanted: Tensor, masses: Tensor) -> None:
-        """Bring the prototypes from ``masses`` (..., K) to those ``wanted``.
+    def scale(self, target: Tensor, masses: Tensor) -> None:
+        """Scale u so that prototypes with ``masses`` (..., K) get those of ``target``.
 
-        A prototype without a mass stays as it is: none is wanted there, or nobody is present.
+        A prototype of mass 0 keeps its u: its target is 0, or no sample is present.
         """
         if self.fractional:
-            self.log_factor = (wanted.log() - masses.log()).masked_fill_(masses == 0, 0)
+            self.log_factor = (target.log() - masses.log()).masked_fill_(masses == 0, 0)
         else:
-            self.u = self.u * (wanted / masses).masked_fill_(masses == 0, 1)
+            self.u = self.u * (target / masses).masked_fill_(masses == 0, 1)
             self.scalings += 1
 
     def masses(self) -> Tensor:
-        """Return the masses of the prototypes in Q, (..., K), in a unit of all kernels.
+        """Return the masses of the prototypes in Q, (..., K).
 
-        They do not tell how u is spread over ``f`` and ``u``, which may differ from process to
-        process.
+        Their unit is the same on all ranks, however u is divided between ``f`` and ``u``.
         """
-        if self.fractional or self.scalings == SCALINGS_OF_ONE_P:
+        if self.fractional or self.scalings == SCALINGS_OF_ONE_KERNEL:
             self._absorb()
         sums = self._over_blocks(self._sums_of, torch.add, 0)
-        self.holds_p, self.knows_level = self.keeps_entries, not self.fractional
+        self.holds_p, self.knows_level = self.keeps_values, not self.fractional
         sums *= self.u
         return sums if self.fractional else sums.mul_(_UNIT_OF_MASSES)
 
     def codes(self, rounded: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Return Q, (..., B, K), in the dtype of the memory for it. The kernel is used up.
+        """Return Q, (..., B, K), in place of P.
 
-        ``rounded`` changes codes in place, in the dtype of the arithmetic.
+        ``rounded`` changes codes in place, before they are converted to the dtype of the memory.
         """
         assert self.all_codes is not None
         for block in self.blocks:
@@ -216,28 +211,25 @@ class Kernel:
         scores: Tensor | None = None,
         rounded: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Return Q of a block, in place of its P; ``scores`` are those of the block, if at hand."""
-        if self.log_factor is not None:  # u up to a factor, which changes nothing
+        """Return Q of a block, in place of its P; ``scores`` are those of the block, if known."""
+        if self.log_factor is not None:  # up to a factor, which v cancels
             root = (self.log_factor - self.log_factor.amax(dim=-1, keepdim=True)).div_(2).exp_()
             u = (root * _UNIT_OF_U * root).clamp_(min=torch.finfo(root.dtype).tiny)
             self.u, self.log_factor = self.u * u, None
-        entries = self._p_of(block, scores).mul_(_row(self.u, block))
-        v = (self.code_mass[block.part] / entries.sum(dim=-1)).unsqueeze(-1)
-        codes = entries if self.all_codes is None else self.all_codes[block.part]
+        values = self._p_of(block, scores).mul_(_row(self.u, block))
+        v = (self.code_mass[block.part] / values.sum(dim=-1)).unsqueeze(-1)
+        codes = values if self.all_codes is None else self.all_codes[block.part]
         if rounded is None:
-            return torch.mul(entries, v, out=codes)
-        return codes.copy_(rounded(entries.mul_(v)))
+            return torch.mul(values, v, out=codes)
+        return codes.copy_(rounded(values.mul_(v)))
 
     def relax(self, f: Tensor) -> None:
-        """Set all of u, as ``f`` (..., K)."""
+        """Set f (..., K), with u = 1."""
         self.f, self.u = f, torch.ones_like(f)
         self.holds_p = self.knows_level = False
 
     def log_masses(self) -> Tensor:
-        """Return ε times the logarithms of the masses, scaled; these may be of any size.
-
-        All of u must be in ``f``.
-        """
+        """Return ε times the logarithms of the masses, scaled, for u = 1 and of any size."""
         return self._over_blocks(
             self._log_masses_of,
             lambda *both, out: out.copy_(self.sum_of_logs(torch.stack(both), 0)),
@@ -245,14 +237,14 @@ class Kernel:
         )
 
     def sum_of_logs(self, values: Tensor, dim: int) -> Tensor:
-        """Return ε log Σ exp(values/ε), of scaled values, which are overwritten."""
+        """Return ε log Σ exp(values/ε) of scaled values, which are overwritten."""
         lowest = torch.finfo(values.dtype).min
         largest = values.amax(dim=dim, keepdim=True).clamp_(min=lowest)
         sums = values.sub_(largest).mul_(self.rate).exp_().sum(dim=dim)
         return sums.log_().mul_(self.temperature).add_(largest.squeeze(dim))
 
     def _absorb(self) -> None:
-        """Move u into f, but for what rounding loses there, which stays in u."""
+        """Absorb u into f. The rounding error of f stays in u."""
         change = self.u.log()
         if self.log_factor is not None:
             change += self.log_factor
@@ -270,7 +262,7 @@ class Kernel:
         combine: Callable[..., object],
         neutral: float,
     ) -> Tensor:
-        """Combine what the blocks give, (..., K)."""
+        """Combine the results of all blocks, (..., K)."""
         if len(self.blocks) == 1:
             return of_block(self.blocks[0]).view(self.shape)
         result = self.log_mass.new_full(self.shape, neutral)
@@ -280,9 +272,9 @@ class Kernel:
         return result
 
     def _scaled(self, block: Block, scores: Tensor, added: Tensor) -> Tensor:
-        """Compute S with ``added`` (..., b) on top, scaled, and ``lowest`` where that is NaN."""
-        scaled_sum(added.unsqueeze(-1), scores, self.scale_of_scores, out=block.entries)
-        return block.entries.nan_to_num_(self.lowest, self.lowest, self.lowest)
+        """Compute S + ``added`` (..., b), scaled, and ``lowest`` where it is not finite."""
+        scaled_sum(added.unsqueeze(-1), scores, self.scale_of_scores, out=block.values)
+        return block.values.nan_to_num_(self.lowest, self.lowest, self.lowest)
 
     def _largest_of(self, block: Block) -> Tensor:
         scores = self.scores(block.part)
@@ -299,89 +291,90 @@ class Kernel:
         return self._scaled(block, scores, block.nan_mask).add_(_row(self.f, block))
 
     def _start_of(self, block: Block) -> Tensor:
-        if self.weighted or not self.keeps_entries:
-            entries = self._sums_before_division(block)
+        if self.weighted or not self.keeps_values:
+            values = self._sums_before_division(block)
         else:
-            entries = block.entries.add_(_row(self.f, block))
-        largest = self._exponentials_of(block, entries)
-        # That of an absent sample may be infinite.
+            values = block.values.add_(_row(self.f, block))
+        largest = self._exponentials_of(block, values)
+        # The factor of a sample of weight 0 may be infinite.
         factor = (largest * self.rate).clamp_(max=-self.lowest).add_(block.log_mass).exp_()
-        return over_samples(entries, factor)
+        return over_samples(values, factor)
 
     def _sums_of(self, block: Block) -> Tensor:
-        entries = self._p_of(block)
-        v = self.mass[block.part] / over_prototypes(entries, _of(self.u, block))
-        return over_samples(entries, v)
+        values = self._p_of(block)
+        v = self.mass[block.part] / over_prototypes(values, _of(self.u, block))
+        return over_samples(values, v)
 
     def _log_masses_of(self, block: Block) -> Tensor:
-        entries = self._sums_before_division(block)
-        entries.sub_(entries.amax(dim=-1, keepdim=True))
-        log_v = (entries * self.rate).exp_().sum(dim=-1).log_().neg_()
+        values = self._sums_before_division(block)
+        values.sub_(values.amax(dim=-1, keepdim=True))
+        log_v = (values * self.rate).exp_().sum(dim=-1).log_().neg_()
         added = log_v.add_(block.log_mass).mul_(self.temperature)
-        return self.sum_of_logs(entries.add_(added.unsqueeze(-1)), -2)
+        return self.sum_of_logs(values.add_(added.unsqueeze(-1)), -2)
 
     def _p_of(self, block: Block, scores: Tensor | None = None) -> Tensor:
         if self.holds_p:
-            return block.entries
+            return block.values
         if not self.knows_level:
-            entries = self._sums_before_division(block, scores)
-            self._exponentials_of(block, entries)
-            return entries
+            values = self._sums_before_division(block, scores)
+            self._exponentials_of(block, values)
+            return values
         if scores is None:
             scores = self.scores(block.part)
         f, level = _row(self.f, block), self.level[block.part].unsqueeze(-1)
-        entries = scaled_sum(f, scores, self.scale_of_scores, out=block.entries)
-        return entries.sub_(level).mul_(self.rate).exp_().nan_to_num_(1)
+        values = scaled_sum(f, scores, self.scale_of_scores, out=block.values)
+        return values.sub_(level).mul_(self.rate).exp_().nan_to_num_(1)
 
-    def _exponentials_of(self, block: Block, entries: Tensor) -> Tensor:
-        largest = exponentials(entries, self.rate, _LOG_UNIT_OF_P if self.fractional else 0)
+    def _exponentials_of(self, block: Block, values: Tensor) -> Tensor:
+        largest = exponentials(values, self.rate, _LOG_UNIT_OF_KERNEL if self.fractional else 0)
         self.level[block.part] = largest + block.nan_mask
         return largest
 
 
 def fits_at_once(scores: Tensor, iterations: int) -> bool:
-    """Tell whether :func:`codes_at_once` can make the iterations, and is the fastest to do so."""
-    small = scores.numel() <= _ENTRIES_AT_ONCE or not on_cpu(scores)
-    return small and iterations <= SCALINGS_OF_ONE_P and scores.numel() > 0
+    """Tell whether :func:`codes_at_once` can make the iterations and is the fastest way."""
+    small = scores.numel() <= _VALUES_AT_ONCE or not on_cpu(scores)
+    return small and iterations <= SCALINGS_OF_ONE_KERNEL and scores.numel() > 0
 
 
 def codes_at_once(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """Return the codes of scores (B, K) or (N, B, K), with equal masses, in few operations.
+    """Return the codes of scores (B, K) or (N, B, K) with equal marginals, in few operations.
 
-    They are in the dtype of the arithmetic. The steps are those of a :class:`Kernel` of one part.
+    They are in the dtype of the arithmetic. The steps are those of a :class:`Kernel` in one block.
     """
     dtype = at_least_float32(scores.dtype)
     lowest = torch.finfo(dtype).min / 4
     scale, rate = scale_and_rate(traceable(epsilon, scores.device), dtype)
     nan_mask = nan_mask_of(scores).to(dtype).unsqueeze(-1)
-    entries = scaled_sum(nan_mask, scores, scale)
-    entries.nan_to_num_(lowest, lowest, lowest)
-    entries.sub_(entries.amax(dim=-2, keepdim=True))
-    largest = exponentials(entries, rate)
-    factor = nan_mask.exp_()  # NaN or 1, what a code must sum to
+    values = scaled_sum(nan_mask, scores, scale)
+    values.nan_to_num_(lowest, lowest, lowest)
+    values.sub_(values.amax(dim=-2, keepdim=True))
+    largest = exponentials(values, rate)
+    factor = nan_mask.exp_()  # NaN or 1, the sum of each code
     sample_mass = factor.squeeze(-1).nan_to_num(0)
     v = largest.mul_(rate).exp_().mul_(sample_mass)
-    transposed = entries.mT
+    transposed = values.mT
     for _ in range(iterations):
         u = products(transposed, v).reciprocal_()
-        sums = products(entries, u)
+        sums = products(values, u)
         v = sample_mass / sums
-    return entries.mul_(u.unsqueeze(-2)).mul_(factor.div_(sums.unsqueeze(-1)))
+    return values.mul_(u.unsqueeze(-2)).mul_(factor.div_(sums.unsqueeze(-1)))
 
 
 def parts_of(scores: Tensor) -> list[Part]:
-    """Return which parts of ``scores``, (B, K) or (N, B, K), to compute at a time.
+    """Return the parts of ``scores``, (B, K) or (N, B, K), to compute at a time.
 
-    An accelerator takes everything at once, and so does a compiler, which fuses the operations.
+    On an accelerator and under torch.compile there is one. On a CPU, parts that stay in the cache
+    save up to 1.2 times.
     """
     *number, samples, prototypes = scores.shape
     if scores.numel() == 0:
         return []
     if not on_cpu(scores) or (
-        scores.numel() <= _ENTRIES_OF_A_BLOCK and samples <= _SAMPLES_OF_A_BLOCK
+        scores.numel() <= _VALUES_OF_A_BLOCK and samples <= _SAMPLES_OF_A_BLOCK
     ):
         return [(slice(None),) * (scores.dim() - 1)]
-    rows = min(_SAMPLES_OF_A_BLOCK, _ENTRIES_OF_A_BLOCK // prototypes)
+    rows = min(_SAMPLES_OF_A_BLOCK, _VALUES_OF_A_BLOCK // prototypes)
     rows = max(rows - rows % PARTS_OF_A_PRODUCT, 1)
     return [
         (*problem, slice(first, first + rows))
@@ -391,10 +384,10 @@ def parts_of(scores: Tensor) -> list[Part]:
 
 
 def _of(vectors: Tensor, block: Block) -> Tensor:
-    """Return those of the vectors (..., K) that belong to the block."""
+    """Return the vectors (..., K) of a block's problem."""
     return vectors[block.part[:-1]] if len(block.part) > 1 else vectors
 
 
 def _row(vectors: Tensor, block: Block) -> Tensor:
-    """Return those of the vectors (..., K) that belong to the block, (..., 1, K)."""
+    """Return the vectors (..., K) of a block's problem as rows, (..., 1, K)."""
     return _of(vectors, block).unsqueeze(-2)

@@ -1,7 +1,4 @@
-"""Masses of samples and prototypes: how equally codes use the prototypes, and how they might.
-
-Neither needs Sinkhorn-Knopp; both speak of the marginals that it works towards.
-"""
+"""Marginals: target masses of samples and prototypes, and the distance of codes from them."""
 
 from __future__ import annotations
 
@@ -29,16 +26,15 @@ def marginal_error(
     process_group: ProcessGroup | None = None,
     synchronize: bool = True,
 ) -> Tensor:
-    r"""Tell how unequally codes use the prototypes.
+    r"""Return the largest relative error of the prototypes' masses.
 
-    With r the masses of the samples and c those that the prototypes should have, in proportion to
-    their sum, it is
+    With the sample masses r and the target marginal c of the prototypes, of sum 1, it is
 
     .. math:: \max_j \left| \frac{\sum_i r_i Q_{ij}}{c_j \sum_i r_i} - 1 \right|,
 
-    0 when every prototype has its mass, and K - 1 when one has all of it and was to have 1/K. After
-    three iterations 0.1 to 0.6 is common. With several processes it is that of all their samples
-    together; all processes of the group must make the call.
+    It is 0 if every prototype has its target mass, and K - 1 if one of K equal prototypes has all
+    mass. After three iterations 0.1 to 0.6 is common. In a distributed job it is computed on the
+    samples of all ranks, and all ranks of the group must make the call.
 
     Args:
         codes: (..., B, K) codes of B samples, any real floating dtype. Leading dimensions are
@@ -48,8 +44,8 @@ def marginal_error(
         prototype_weight: (K,) relative masses of the prototypes, at least 0, at any scale; equal
             masses by default. A prototype of weight 0 has an error of 0 if nothing uses it, else an
             infinite one.
-        process_group: The processes that share the batch; the default group if ``None``.
-        synchronize: Whether to share the batch with other processes at all.
+        process_group: The ranks that share the batch; the default group if ``None``.
+        synchronize: Whether to share the batch with other ranks.
 
     Returns:
         (...) errors in float32, or float64 for float64 codes, without gradient; 0 where no sample
@@ -57,7 +53,7 @@ def marginal_error(
 
     Raises:
         TypeError: If ``codes`` is no floating tensor or a weight is neither bool nor floating.
-        ValueError: If a shape does not fit, or the calling process is not in ``process_group``.
+        ValueError: If a shape does not fit, or the calling rank is not in ``process_group``.
 
     Example:
         >>> marginal_error(torch.eye(3))
@@ -78,7 +74,7 @@ def marginal_error(
         present = (sample_mass != 0).unsqueeze(-1)
         used = (torch.where(present, codes, 0) * sample_mass.unsqueeze(-1)).sum(dim=-2)  # (..., K)
         own = torch.cat([used, sample_mass.sum(dim=-1, keepdim=True), log_largest], dim=-1)
-        # Each process has a unit of its own, and none of them might hold the sum.
+        # Each rank has its own unit, and the sum may be out of range in any of them.
         of_ranks = gather_over_ranks(own, group)
         units = of_ranks[..., -1:]
         both = (of_ranks[..., :-1] * (units - units.amax(dim=0)).exp()).sum(dim=0)
@@ -89,16 +85,16 @@ def marginal_error(
 
 
 def power_law_prior(num_prototypes: int, exponent: float = 0.25) -> Tensor:
-    r"""Return masses of prototypes that fall off by a power law, as ``prototype_weight``.
+    r"""Return a power-law target marginal, for ``prototype_weight``.
 
     .. math:: c_k \propto k^{-\text{exponent}}, \qquad k = 1 \dots K.
 
-    Data that people have not balanced by hand has few large clusters and many small ones, which
-    equal use would tear apart (Assran et al. 2022).
+    Uncurated data has few large clusters and many small ones. Equal use would split the large ones
+    (Assran et al. 2022).
 
     Args:
         num_prototypes: The number of prototypes K, at least 1.
-        exponent: How fast the masses fall off, at least 0; equal masses at 0.
+        exponent: The exponent, at least 0. 0 gives equal masses.
 
     Returns:
         (K,) float32 masses on the CPU, which sum to 1, from the largest to the smallest.
@@ -123,10 +119,7 @@ def power_law_prior(num_prototypes: int, exponent: float = 0.25) -> Tensor:
 def masses(
     weight: Tensor | None, shape: torch.Size, device: torch.device, dtype: torch.dtype
 ) -> Masses:
-    """Return a weight as masses of ``shape`` in ``dtype``.
-
-    Its logarithm is taken in its own dtype, if that is wider.
-    """
+    """Return a weight as masses of ``shape`` in ``dtype``, computed in the wider of both dtypes."""
     if weight is None:
         log = torch.zeros(shape, device=device, dtype=dtype)
     else:
@@ -142,7 +135,7 @@ def refuse_bad_values(
     prototype_weight: Tensor | None,
     group: ProcessGroup | None,
 ) -> None:
-    """Raise an error on all processes if one has values without a meaning. Waits for the device."""
+    """Raise on all ranks if any rank has invalid values. Waits for the device."""
     counted, prototype_totals = scores, scores.new_empty(0)
     samples = torch.full(scores.shape[:-2], scores.shape[-2], device=scores.device).double()
     totals = samples
