@@ -30,29 +30,42 @@ class Problem:
     samples: int
     prototypes: int
     views: int = 8
+    queue: int = 0
 
     def __str__(self) -> str:
-        return f"{self.views} views of {self.samples:,}, {self.prototypes:,} prototypes"
+        text = f"{self.views} views of {self.samples:,}, {self.prototypes:,} prototypes"
+        return text + f", queue of {self.queue:,}" * bool(self.queue)
 
     @property
     def tolerance(self) -> float:
         """Relative to the largest entry, for the loss and both gradients."""
         return 1e-4
 
-    def inputs(self) -> tuple[Tensor, Tensor]:
-        return clustered(self.views, self.samples, FEATURE_DIM, prototypes=self.prototypes)
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return features, prototypes, and the features of a full queue, (2, L, 128)."""
+        shape = self.views, self.samples + self.queue, FEATURE_DIM
+        features, weight = clustered(*shape, prototypes=self.prototypes)
+        queued = F.normalize(features[:CODE_VIEWS, self.samples :], dim=-1)
+        return features[:, : self.samples].clone(), weight, queued if self.queue else None
 
 
 def prepare(problem: Problem) -> Calls:
-    features, weight = problem.inputs()
+    features, weight, queued = problem.inputs()
     features.requires_grad_()
     weight = nn.Parameter(weight)
 
     def ours(memory: Literal["auto", "full", "streamed"]) -> Callable[[], tuple[Tensor, ...]]:
         criterion = SwAVLoss(
-            FEATURE_DIM, problem.prototypes, num_code_views=CODE_VIEWS, memory=memory
+            FEATURE_DIM,
+            problem.prototypes,
+            num_code_views=CODE_VIEWS,
+            memory=memory,
+            queue_length=problem.queue,
         )
         criterion.prototypes.weight = weight  # one matrix for all contenders
+        if queued is not None and criterion.queue is not None:
+            criterion.queue.push(queued)
+            criterion.eval()  # the same queue at each call
 
         def step() -> tuple[Tensor, ...]:
             loss = criterion(features)
@@ -61,7 +74,7 @@ def prepare(problem: Problem) -> Calls:
         return step
 
     def published() -> tuple[Tensor, ...]:
-        loss = published_step(features, weight, CODE_VIEWS)
+        loss = published_step(features, weight, CODE_VIEWS, queued)
         return loss, *torch.autograd.grad(loss, [features, weight])
 
     @torch.no_grad()
@@ -81,7 +94,7 @@ def prepare(problem: Problem) -> Calls:
 
 
 def check_reference() -> None:
-    features, directions = Problem(6, 5, views=3).inputs()
+    features, directions, _ = Problem(6, 5, views=3).inputs()
     scores = F.normalize(features.double(), dim=-1) @ directions.double().T
     codes = [published_codes(view) for view in scores[:CODE_VIEWS]]
     loss = published_loss(scores, codes)
@@ -93,8 +106,10 @@ def errors(problem: Problem, calls: Calls) -> dict[str, float]:
     """Return the largest error of the loss and of its gradients, relative to the largest entry."""
     scores = problem.views * problem.samples * problem.prototypes
     dtype = torch.float64 if scores <= _MOST_SCORES_IN_FLOAT64 else torch.float32
-    features, weight = (values.to(dtype).requires_grad_() for values in problem.inputs())
-    loss = published_step(features, weight, CODE_VIEWS)
+    features, weight, queued = problem.inputs()
+    features, weight = (values.to(dtype).requires_grad_() for values in (features, weight))
+    queued = None if queued is None else queued.to(dtype)
+    loss = published_step(features, weight, CODE_VIEWS, queued)
     expected = loss, *torch.autograd.grad(loss, [features, weight])
     return {
         name: max(
@@ -127,6 +142,8 @@ SUITE = Suite(
         *(Problem(64, prototypes) for prototypes in SWEEP),
         Problem(256, 3000),
         Problem(256, 65_536),
+        Problem(64, 3000, queue=3840),
+        Problem(256, 3000, queue=3840),
     ),
     quick=Problem(16, 50),
     prepare=prepare,

@@ -37,10 +37,18 @@ def published_loss(scores: Tensor, codes: list[Tensor], temperature: float = 0.1
     return loss / len(codes)
 
 
-def published_step(features: Tensor, weight: Tensor, code_views: int) -> Tensor:
-    """Return the loss of features (V, B, D) with prototypes (K, D), normalised in place first."""
+def published_step(
+    features: Tensor, weight: Tensor, code_views: int, queued: Tensor | None = None
+) -> Tensor:
+    """Return the loss of features (V, B, D) with prototypes (K, D), normalized in place first.
+
+    Codes are computed on the features of the code views and, if given, those ``queued`` (A, L, D).
+    """
     with torch.no_grad():
         weight /= weight.norm(dim=-1, keepdim=True)
     scores = F.normalize(features, dim=-1) @ weight.T  # (V, B, K)
-    codes = [published_codes(view) for view in scores.detach()[:code_views]]
+    to_code = scores.detach()[:code_views]
+    if queued is not None:
+        to_code = torch.cat([to_code, queued @ weight.detach().T], dim=1)
+    codes = [published_codes(view)[: features.shape[1]] for view in to_code]
     return published_loss(scores, codes)

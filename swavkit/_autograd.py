@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -65,8 +66,9 @@ class _Linear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 to_features = gradient @ weight
             if ctx.needs_input_grad[1]:
-                rows = gradient.reshape(-1, gradient.shape[-1])
-                to_weight = rows.mT @ features.reshape(-1, features.shape[-1])
+                rows = prod(gradient.shape[:-1])  # not -1, for a weight without rows
+                of_scores = gradient.reshape(rows, gradient.shape[-1])
+                to_weight = of_scores.mT @ features.reshape(rows, features.shape[-1])
         return to_features, to_weight
 
 

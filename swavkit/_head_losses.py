@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,14 @@ from torch import Tensor, nn
 from swavkit import _checks
 from swavkit._checks import is_plainly
 from swavkit._tensors import at_least_float32, autocast_disabled, product_dtype
+from swavkit.distributed.collectives import rank_and_size, sum_over_ranks
 from swavkit.fused.loss import fused_losses
 from swavkit.prototypes import PrototypeLayer, unit_rows
 from swavkit.sinkhorn import SinkhornKnopp
 from swavkit.swapped_prediction import SwappedPredictionLoss
+
+if TYPE_CHECKING:
+    from swavkit.distributed.collectives import ProcessGroup
 
 __all__ = ["SwAVDetails"]
 
@@ -57,6 +61,22 @@ class Batch(NamedTuple):
             current = self.queue_mask.new_ones(self.features.shape[1])
         with autocast_disabled(current.device):  # which does not join two half precisions
             return torch.cat([current, self.queue_mask.to(current.dtype)])
+
+    @torch.no_grad()
+    def part_of_mean(self, group: ProcessGroup | None) -> Tensor | None:
+        """Return the factor of this rank's mean whose average over ranks is the mean of all samples.
+
+        It is ``None`` on one rank, and 0 on a rank without samples.
+        """
+        if group is None:
+            return None
+        weight = self.sample_weight
+        if weight is None:
+            weight = self.features.new_ones(self.features.shape[1])
+        own = weight.sum(dtype=at_least_float32(self.features.dtype))
+        total = sum_over_ranks(own.clone(), group)
+        _, size = rank_and_size(group)
+        return own * size / torch.where(total == 0, 1, total)
 
 
 class SwAVDetails(NamedTuple):

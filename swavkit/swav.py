@@ -12,14 +12,12 @@ from swavkit import _checks
 from swavkit._activation_checkpointing import Recomputation, keeping_what_it_saves
 from swavkit._head_losses import Batch, SwAVDetails, head_losses
 from swavkit._own_state import OwnState
-from swavkit._tensors import at_least_float32, autocast_disabled
+from swavkit._tensors import autocast_disabled
 from swavkit.distributed.agreement import Agreement, checksum
 from swavkit.distributed.collectives import (
     device_for,
     is_sharded,
     participants,
-    share_of_mean,
-    sum_over_ranks,
 )
 from swavkit.feature_queue import FeatureQueue
 from swavkit.prototypes import PrototypeLayer, unit_rows
@@ -273,6 +271,7 @@ class SwAVLoss(OwnState):
             self._agreement.require(self._record, group, views[0].device, advice=_ADVICE)
 
         batch = self._batch(features, views, sample_weight)
+        part_of_mean = batch.part_of_mean(group) if self.reduction == "global_mean" else None
         parts = batch, heads, self.sinkhorn, self.loss
         if isinstance(heads[0], ShardedPrototypeLayer):
             results = sharded_head_losses(*parts, group, memory=self.memory, details=return_details)
@@ -280,12 +279,8 @@ class SwAVLoss(OwnState):
             results = head_losses(*parts, memory=self.memory, details=return_details)
         losses = [result.loss for result in results]
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-        if self.reduction == "global_mean" and group is not None:
-            weight = batch.features.new_ones(len(views[0]))
-            own = (weight if sample_weight is None else sample_weight.detach()).sum(
-                dtype=at_least_float32(weight.dtype)
-            )
-            loss = loss * share_of_mean(own, sum_over_ranks(own.clone(), group), group)
+        if part_of_mean is not None:
+            loss = loss * part_of_mean
 
         if self.training and not repeated:
             if self.queue is not None:

@@ -84,20 +84,6 @@ def sum_over_ranks(values: Tensor, group: ProcessGroup | None) -> Tensor:
     return _reduce(values, "SUM", group)
 
 
-def share_of_mean(own: Tensor, total: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Return the factor by which a rank scales its mean before means are averaged over ranks.
-
-    The average of the scaled means is the mean over all samples of the group. The factor is 0 for a
-    rank without samples.
-
-    Args:
-        own: The number of samples of this rank, or the sum of their weights.
-        total: The sum of ``own`` over the group.
-        group: The process group.
-    """
-    return own * rank_and_size(group)[1] / torch.where(total == 0, 1, total)
-
-
 def max_over_ranks(values: Tensor, group: ProcessGroup | None) -> Tensor:
     """Return the maximum of ``values`` over the group; may overwrite ``values``."""
     return _reduce(values, "MAX", group)

@@ -153,18 +153,18 @@ def what_a_step_sends(rank: int, argument: dict[str, Any]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("memory", [("full",) * 3, ("streamed",) * 3, ("full", "streamed", "auto")])
-def test_a_step_compares_at_first_and_ever_more_rarely_and_counts_samples_along(
+def test_a_step_compares_at_first_and_ever_more_rarely_and_counts_samples(
     ranks: Ranks, memory: tuple[str, ...]
 ) -> None:
     arguments = [{"memory": of_rank, "hooked": False} for of_rank in memory]
-    # Two heads with two code views, in step: the largest mass of each goes with the first
-    # collective, and the number of samples with the second.
-    sums = [2 * (7 + 2), 2 * 7 + 1, 2 * 7, 2 * 7]
+    # The number of samples. Two heads with two code views, in step: the largest mass of each goes
+    # with the maximum.
+    sums = [2 * (7 + 2), 2 * 7, 2 * 7, 2 * 7]
     for sent in ranks.run(what_a_step_sends, arguments):
         first, *later = sent
-        assert first == [RECORD, RECORD, *sums]  # the second by the codes' own first call
+        assert first == [RECORD, 1, RECORD, *sums]  # the second by the codes' own first call
         for step, numels in enumerate(later, start=2):
-            assert numels == ([RECORD] if step in (2, 4, 8) else []) + sums
+            assert numels == [*([RECORD] if step in (2, 4, 8) else []), 1, *sums]
 
 
 def test_a_hook_on_the_codes_makes_heads_send_one_by_one(ranks: Ranks) -> None:

@@ -61,7 +61,7 @@ def test_a_step_makes_one_collective_more_than_iterations(
     own = {"iterations": iterations, "num_prototypes": num_prototypes, "memory": memory}
     for forward, backward in ranks.run(collectives_of_a_step, [settings | own] * RANKS):
         if settings.get("reduction") == "global_mean":
-            assert forward.pop() == 1  # the summed weight
+            assert forward.pop(0) == 1  # the summed weight
         assert len(forward) == iterations + 1  # a maximum, and a sum in each iteration
         # With the maximum goes a largest mass of each code view and head.
         assert all(least <= numel <= least + max(4, views * heads) for numel in forward)
