@@ -64,7 +64,7 @@ class Batch(NamedTuple):
 
     @torch.no_grad()
     def part_of_mean(self, group: ProcessGroup | None) -> Tensor | None:
-        """Return the factor of this rank's mean whose average over ranks is the mean of all samples.
+        """Return the factor that makes the average of means over ranks the mean of all samples.
 
         It is ``None`` on one rank, and 0 on a rank without samples.
         """

@@ -1,7 +1,6 @@
-"""The loss: every view predicts the codes of the other code views of its image.
+"""Swapped prediction loss: each view predicts the codes of the other code views of its image.
 
-With T_v = Σ_{i < A, i ≠ v} q_i, the sum of the codes that view v must predict, and n_v = Σ_k T_v,
-the double sum over pairs of views (Caron et al. 2020, eq. 2 and §3.2)::
+The loss is a double sum over pairs of views (Caron et al. 2020, eq. 2 and §3.2)::
 
     loss = 0
     for i in range(A):                      # code views
@@ -10,14 +9,15 @@ the double sum over pairs of views (Caron et al. 2020, eq. 2 and §3.2)::
                 loss -= (codes[i] * log_softmax(scores[v] / τ)).sum(-1).mean()
     loss /= A * (V - 1)
 
-collapses to one logsumexp per view, and its gradient is known as soon as the softmax is::
+Let T_v = Σ_{i < A, i ≠ v} q_i be the target of view v, and n_v = Σ_k T_v its mass. The sum then
+needs one logsumexp per view, and the softmax gives its gradient::
 
     L = 1/(A(V-1)) · Σ_v mean_b [ n_v · logsumexp_k(S_v/τ) - ⟨T_v, S_v⟩/τ ]
     ∂L/∂S_v = (T_v - n_v · softmax(S_v/τ)) · -w_b / (τ · A · (V-1) · Σ w)
 
-So the forward pass also forms the residual T_v - n_v · softmax(S_v/τ), in the memory that the
-softmax needs anyway. It stays as it is, with entries of the order of 1; the factor behind it, which
-would flush many of them to zero in half precision, is applied in float32 by the backward pass.
+The forward pass also computes the residual T_v - n_v · softmax(S_v/τ), in the memory of the
+softmax. Its entries are of the order of 1. The backward pass applies the remaining factor in
+float32; in half precision it would flush many entries to zero.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from swavkit._tensors import at_least_float32, autocast_disabled, on_cpu, scaled
 
 __all__ = ["SwappedPredictionLoss", "swapped_prediction_loss"]
 
-# What the caches of a CPU keep from one operation to the next. An accelerator takes a whole view at
-# once, and so does a compiler, which fuses the operations.
+# The scores that a CPU's caches keep from one operation to the next. An accelerator takes a whole
+# view at once, and so does torch.compile, which fuses the operations.
 _ENTRIES_OF_A_BLOCK = 2**20
 
-# The entries of a residual go from the sum of a sample's codes down to 1/K of it. With this largest
-# entry, 1/K stays in the range of float16 for every K that fits in memory.
+# The entries of a residual range from the sum of a sample's codes down to 1/K of it. With this
+# largest entry, 1/K of it is in the range of float16 for every K that fits in memory.
 _LARGEST_RESIDUAL_IN_FLOAT16 = 256.0
 
 
@@ -51,31 +51,30 @@ def swapped_prediction_loss(
     temperature: float = 0.1,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    """Return the cross-entropy of every view's prediction with the codes of the other code views.
+    """Return the cross-entropy between each view's prediction and the codes of other code views.
 
-    Its value is between the mean entropy of the codes and ln K + 2/τ for cosine scores; scores that
-    are all equal give ln K, where a training that does not start is stuck.
+    For cosine scores it is between the mean entropy of the codes and ln K + 2/τ. Equal scores give
+    ln K, the value of a training that does not start.
 
     Args:
         scores: (V, B, K) scores of V >= 2 views, or a sequence of V tensors (B, K), the code views
             first.
         codes: (A, B, K) codes of the first A views, 1 <= A <= V, or a sequence of them; at least 0,
-            rows need not sum to 1. Code i belongs to view i. They are constants: no gradient flows
-            into them.
+            rows need not sum to 1. Code i belongs to view i. Codes get no gradient.
         temperature: The softmax temperature τ > 0, in the unit of the scores.
         sample_weight: (B,) weights in the mean over samples, bool or floating, at least 0. A sample
-            of weight 0 takes no part, whatever its scores and codes hold.
+            of weight 0 is ignored, even if its scores or codes are not finite.
 
     Returns:
-        The loss, a scalar in float32, or in float64 for float64 scores. An empty batch, or one
-        whose weights are all 0, gives exactly 0, connected to the graph of the scores.
+        The loss, a scalar in float32, or in float64 for float64 scores. It is exactly 0, and
+        connected to the graph of the scores, if the batch is empty or all weights are 0.
 
     Raises:
-        TypeError: If ``scores`` or ``codes`` are no floating tensors, or ``sample_weight`` is
+        TypeError: If ``scores`` or ``codes`` are not floating tensors, or ``sample_weight`` is
             neither bool nor floating.
         ValueError: If the temperature is out of range or a shape or device does not fit.
-        RuntimeError: In a backward pass with ``create_graph=True``: the gradient is computed along
-            with the loss, and has no derivative. ``torch.func.grad`` makes such a pass.
+        RuntimeError: In a backward pass with ``create_graph=True``, as by ``torch.func.grad``: the
+            gradient is computed in the forward pass and has no derivative.
 
     Example:
         >>> scores = torch.zeros(3, 4, 10)  # 3 views, 4 samples, 10 prototypes
@@ -104,7 +103,7 @@ def swapped_prediction_loss(
 
 
 class SwappedPredictionLoss(nn.Module):
-    """Module form of :func:`swapped_prediction_loss`: it holds the temperature.
+    """Module form of :func:`swapped_prediction_loss`.
 
     Args:
         temperature: The softmax temperature τ > 0, in the unit of the scores.
@@ -114,7 +113,7 @@ class SwappedPredictionLoss(nn.Module):
         float64 for float64 scores.
 
     Raises:
-        TypeError: If the temperature is no number.
+        TypeError: If the temperature is not a number.
         ValueError: If the temperature is out of range.
 
     Example:
@@ -164,8 +163,8 @@ def prediction_error(
         target: (b, K), T, in the dtype of the arithmetic, float32 or float64.
         mass: (b,), n, the row sums of T.
         inverse_temperature: 1/τ.
-        residual: (b, K), overwritten with T - n · softmax(S/τ); it may be ``scores`` itself.
-        scale: (b,), what the residual is multiplied by before it is rounded to its dtype.
+        residual: (b, K), overwritten with T - n · softmax(S/τ); may be ``scores`` itself.
+        scale: (b,), a factor of the residual, applied before it is rounded to its dtype.
     """
     largest = scores.amax(dim=-1, keepdim=True).to(target.dtype)
     shift = largest * -inverse_temperature
@@ -173,11 +172,11 @@ def prediction_error(
         logits = residual
     else:
         logits = torch.empty_like(target)
-    scaled_sum(shift, scores, inverse_temperature, out=logits)  # at most 0, but for rounding
-    logits.clamp_(min=torch.finfo(logits.dtype).min)  # 0 times the infinite logit of a mask is NaN
+    scaled_sum(shift, scores, inverse_temperature, out=logits)  # at most 0, up to rounding
+    logits.clamp_(min=torch.finfo(logits.dtype).min)  # a score of -inf would give 0 · inf
     agreement: Tensor = torch.linalg.vecdot(target, logits)
     predictions = torch.softmax(logits, dim=-1, out=logits)
-    # The softmax has divided exp(logits) by their sum: the largest of both tells by what.
+    # logsumexp is the largest logit minus the logarithm of its softmax.
     log_sum = scaled_sum(shift, largest, inverse_temperature).squeeze(-1)
     log_sum -= predictions.amax(dim=-1).log()
     if residual is not None:
@@ -196,14 +195,14 @@ def _loss_and_factor(
     temperature: float,
     sample_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss, and what turns the residuals into its gradient, (B, 1), both constants.
+    """Return the loss and the factor (B, 1) from residuals to gradients, both constants.
 
-    ``residuals`` (B, K), one for each view, are overwritten.
+    ``residuals``, (B, K) for each view, are overwritten.
     """
     with torch.no_grad(), autocast_disabled(scores[0].device):
-        share = normalized_weights(sample_weight, scores[0])
-        errors, scales = torch.empty_like(share), torch.empty_like(share)
-        inverse_temperature = 1 / traceable(temperature, share.device)
+        normalized_weight = normalized_weights(sample_weight, scores[0])
+        errors, scales = torch.empty_like(normalized_weight), torch.empty_like(normalized_weight)
+        inverse_temperature = 1 / traceable(temperature, normalized_weight.device)
         for rows in _blocks(scores[0]):
             errors[rows], scales[rows] = errors_of_samples(
                 [view[rows] for view in scores],
@@ -212,19 +211,20 @@ def _loss_and_factor(
                 None if sample_weight is None else sample_weight[rows],
                 None if residuals is None else [residual[rows] for residual in residuals],
             )
-        share = share / (len(codes) * (len(scores) - 1))
-        return (share * errors).sum(), (share * -inverse_temperature / scales).unsqueeze(-1)
+        pair_weight = normalized_weight / (len(codes) * (len(scores) - 1))
+        factor = pair_weight * -inverse_temperature / scales
+        return (pair_weight * errors).sum(), factor.unsqueeze(-1)
 
 
 def normalized_weights(sample_weight: Tensor | None, like: Tensor) -> Tensor:
-    """Return what part of the mean each of the samples of ``like`` (B, ...) is, (B,)."""
+    """Return the weights (B,) of the samples of ``like`` (B, ...), divided by their sum."""
     samples, dtype = len(like), at_least_float32(like.dtype)
     if sample_weight is None:
         return torch.full((samples,), 1 / max(samples, 1), dtype=dtype, device=like.device)
     if samples == 0:
         return like.new_zeros((0,), dtype=dtype)
     weight = sample_weight.to(at_least_float32(sample_weight.dtype))
-    largest = weight.amax()  # divided by it, no weight and no sum over- or underflows
+    largest = weight.amax()  # after division by it, no sum over- or underflows
     weight = (weight / torch.where(largest == 0, 1, largest)).to(dtype)
     total = weight.sum()
     return weight / torch.where(total == 0, 1, total)
@@ -237,60 +237,60 @@ def errors_of_samples(
     sample_weight: Tensor | None,
     residuals: list[Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return Σ_v [ n_v · logsumexp_k(S_v/τ) - ⟨T_v, S_v⟩/τ ] of some samples, (b,), and a scale.
+    """Return Σ_v [ n_v · logsumexp_k(S_v/τ) - ⟨T_v, S_v⟩/τ ] and the scale of residuals, (b,) each.
 
     Args:
         scores: V tensors (b, K).
         codes: A tensors (b, K).
         inverse_temperature: 1/τ.
-        sample_weight: (b,), or ``None``. Where it is 0, so are the error and the residuals.
-        residuals: V tensors (b, K), overwritten with T_v - n_v · softmax(S_v/τ), times the scale
-            (b,); they may be the ``scores`` themselves.
+        sample_weight: (b,), or ``None``. Errors and residuals are 0 where it is 0.
+        residuals: V tensors (b, K), overwritten with T_v - n_v · softmax(S_v/τ), times the scale;
+            may be the ``scores`` themselves.
     """
     dtype = at_least_float32(scores[0].dtype)
-    absent = None if sample_weight is None else sample_weight == 0
+    zero_weight_mask = None if sample_weight is None else sample_weight == 0
     codes = [code.to(dtype) for code in codes]
-    of_all = reduce(torch.add, codes)
-    mass_of_all = of_all.sum(dim=-1)
+    target_of_all = reduce(torch.add, codes)
+    target_mass = target_of_all.sum(dim=-1)
     scale = None
     if scores[0].dtype == torch.float16:
-        largest = mass_of_all.where((mass_of_all > 0) & mass_of_all.isfinite(), 1)
+        largest = target_mass.where((target_mass > 0) & target_mass.isfinite(), 1)
         scale = _LARGEST_RESIDUAL_IN_FLOAT16 / largest
-    errors = torch.zeros_like(mass_of_all)
+    errors = torch.zeros_like(target_mass)
     for view, view_scores in enumerate(scores):
         residual = None if residuals is None else residuals[view]
         others = codes[:view] + codes[view + 1 :]
         if view >= len(codes):
-            target, mass = of_all, mass_of_all
+            target, mass = target_of_all, target_mass
         elif others:
             target = reduce(torch.add, others)
             mass = target.sum(dim=-1)
-        else:  # the only code is its own: nothing to predict
+        else:  # the only code is its own
             if residual is not None:
                 residual.zero_()
             continue
         errors += prediction_error(view_scores, target, mass, inverse_temperature, residual, scale)
-        if absent is not None and residual is not None:
-            residual.masked_fill_(absent.unsqueeze(-1), 0)
-    if absent is not None:
-        errors.masked_fill_(absent, 0)
+        if zero_weight_mask is not None and residual is not None:
+            residual.masked_fill_(zero_weight_mask.unsqueeze(-1), 0)
+    if zero_weight_mask is not None:
+        errors.masked_fill_(zero_weight_mask, 0)
     return errors, torch.ones_like(errors) if scale is None else scale
 
 
 def _blocks(scores: Tensor) -> Iterator[slice]:
-    """Yield which of the samples of (B, K) to take at once."""
+    """Yield the slices of the samples of ``scores`` (B, K) to process at a time."""
     samples, prototypes = scores.shape
     if not on_cpu(scores):
         yield slice(None)
         return
-    # A softmax is spread over threads by its rows.
+    # Softmax distributes rows over threads.
     rows = max(_ENTRIES_OF_A_BLOCK // prototypes, torch.get_num_threads())
     for first in range(0, samples, rows):
         yield slice(first, first + rows)
 
 
 def _check_pairing(scores: list[Tensor], codes: list[Tensor]) -> None:
-    """Refuse codes that do not belong to the first views of ``scores``."""
+    """Check that codes match the first views of ``scores``."""
     _checks.no_empty_last_dimension("scores", scores[0], "prototypes")
     if len(codes) > len(scores):
         raise ValueError(

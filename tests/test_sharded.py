@@ -106,12 +106,12 @@ def test_losses_and_gradients_are_those_of_the_oracle(
     weight = np.array(
         data.draw(st.lists(st.sampled_from([0.0, 0.5, 2]), min_size=samples, max_size=samples))
     )
-    share = weight / max(weight.sum(), 1)
+    normalized_weight = weight / max(weight.sum(), 1)
     scores = torch.tensor(problem.scores, requires_grad=True)
     losses = sharded_losses(
         scores,
         torch.tensor(problem.codes),
-        torch.tensor(share),
+        torch.tensor(normalized_weight),
         temperature=problem.temperature,
         group=None,
     )
@@ -121,7 +121,7 @@ def test_losses_and_gradients_are_those_of_the_oracle(
     for sample in range(samples):
         one = slice(sample, sample + 1)
         terms = problem.scores[:, one], problem.codes[:, one], problem.temperature
-        loss = share[sample] * oracles.loss(*terms)
+        loss = normalized_weight[sample] * oracles.loss(*terms)
         np.testing.assert_allclose(losses[sample].detach().numpy(), loss, rtol=1e-10, atol=1e-12)
-        expected[:, one] = share[sample] * oracles.loss_gradient(*terms)
+        expected[:, one] = normalized_weight[sample] * oracles.loss_gradient(*terms)
     np.testing.assert_allclose(gradient.numpy(), expected, rtol=0, atol=1e-10)

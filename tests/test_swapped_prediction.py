@@ -478,10 +478,10 @@ def test_sample_weights_are_multiplicities_in_the_value_and_in_the_gradient(
 ) -> None:
     samples = problem.scores.shape[1]
     weight = data.draw(arrays(np.float64, samples, elements=multiplicities))
-    absent = weight == 0
+    zero_weight_mask = weight == 0
     scores, codes = problem.scores.copy(), problem.codes.copy()
-    scores[:, absent, 0] = of_absent
-    codes[:, absent, -1] = of_absent
+    scores[:, zero_weight_mask, 0] = of_absent
+    codes[:, zero_weight_mask, -1] = of_absent
     repeats = weight.astype(int)
     loss, gradient = value_and_gradient(
         torch.tensor(scores),
@@ -495,7 +495,7 @@ def test_sample_weights_are_multiplicities_in_the_value_and_in_the_gradient(
         temperature=problem.temperature,
     )
     assert_same(loss.item(), expected.item())
-    assert not gradient[:, absent].any()
+    assert not gradient[:, zero_weight_mask].any()
     summed = torch.zeros_like(gradient).index_add_(
         1, torch.arange(samples).repeat_interleave(torch.tensor(repeats)), gradient_of_repeated
     )

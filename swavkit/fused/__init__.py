@@ -1,1 +1,1 @@
-"""The loss block by block, fused with the product that gives the scores."""
+"""The loss fused with the computation of scores, block by block."""

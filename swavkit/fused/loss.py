@@ -1,27 +1,27 @@
-"""The same loss block by block: the V·B·K scores never exist at once.
+"""The SwAV loss and its gradients block by block, without all V·B·K scores in memory.
 
-Scores are cheap to compute again, so of the codes only u (K) and v (B) are kept. In pseudo-code,
-with Z the features, C the prototypes and a block some samples of all views::
+Scores are cheap to recompute, so only u (K) and v (B) of the codes are stored. In pseudo-code, with
+features Z, prototypes C and a block of some samples of all views::
 
     for block in blocks:                       # of the code views and of the queue
         largest = max(largest, max_i S_ij/ε)                     with S = Z_block Cᵀ
     for iteration in range(iterations):
         for block in blocks:
-            sums += Σ_i r_i v_i P_ij           # v follows from u, see _plan.py
-        u = c / sums                           # summed over processes
+            sums += Σ_i r_i v_i P_ij           # v follows from u
+        u = c / sums                           # summed over ranks
     for block in blocks:                       # of all views
         codes = diag(v) P diag(u)
         loss += Σ_v n_v · logsumexp(S_v/τ) - ⟨T_v, S_v⟩/τ
         residual = T_v - n_v · softmax(S_v/τ)
         gradient of Z_block = -residual C
-        gradient of C -= residualᵀ Z_block     # in float32 or better
+        gradient of C -= residualᵀ Z_block     # summed in float32 or better
 
-The backward pass only scales both gradients. Each formula stands where it stands for whole
-matrices: P and u in ``_plan.py`` and ``sinkhorn.py``, errors and residuals in
+The backward pass only scales both gradients. The formulas are shared with the loss on whole
+matrices: P in ``sinkhorn/kernel.py``, u in ``sinkhorn/iterations.py``, errors and residuals in
 ``swapped_prediction.py``.
 
-Where the code views are few, or the caller has memory for them alone, P is kept, and not computed
-again in each iteration.
+P is kept across iterations if it is small or fits in the memory that the caller allows.
+Otherwise each iteration recomputes it.
 """
 
 from __future__ import annotations
@@ -56,30 +56,32 @@ def fused_losses(
     group: ProcessGroup | None,
     most_bytes_of_kernels: int,
 ) -> list[Tensor]:
-    """Return the loss with each of several heads, without their scores.
+    """Return the loss of each head.
 
     Args:
-        factors: For each head the features, (V, B, D) unit rows, the code views first, of which
-            those of weight 0 must be finite; and its prototypes, (K, D) unit rows in their dtype.
-        queued: (A, L, D) unit rows from the queue, if there is one.
+        factors: The features and the prototypes of each head, in one dtype: (V, B, D) unit rows,
+            the code views first, finite even for samples of weight 0; and (K, D) unit rows.
+        queued: (A, L, D) unit rows from the queue, or ``None``.
         num_code_views: A.
         code_weight: (B + L,) weights in the codes, bool or floating, or ``None``.
         sample_weight: (B,) weights in the loss, bool or floating, or ``None``.
         temperature: τ.
-        settings: As for :func:`~swavkit.sinkhorn_knopp`.
+        settings: The settings of :func:`~swavkit.sinkhorn_knopp`.
         group: The ranks that share the batch for codes.
-        most_bytes_of_kernels: Kernels of all heads are kept if they take no more than that.
+        most_bytes_of_kernels: The kernels of all heads are kept if together they take at most this.
 
     Returns:
-        The losses, scalars in float32, or float64 for float64 features.
+        Scalars in float32, or float64 for float64 features.
     """
     tracked = torch.is_grad_enabled()
-    wanted = [tuple(tracked and part.requires_grad for part in pair) for pair in factors]
-    dtypes = [product_dtype(features) for features, _ in factors]  # while autocast can be asked
+    needs_gradients = [
+        tuple(tracked and factor.requires_grad for factor in pair) for pair in factors
+    ]
+    dtypes = [product_dtype(features) for features, _ in factors]  # before autocast is disabled
     with torch.no_grad(), autocast_disabled(factors[0][0].device):
-        of_heads = []
+        head_scores = []
         for (features, directions), dtype in zip(factors, dtypes, strict=True):
-            of_heads.append(
+            head_scores.append(
                 BlockScores(
                     features.detach().to(dtype),
                     directions.detach().to(dtype),
@@ -87,24 +89,24 @@ def fused_losses(
                     num_code_views,
                 )
             )
-        find_memory(of_heads, most_bytes_of_kernels)
-        kernels = [scores.kernel(code_weight, settings.epsilon) for scores in of_heads]
-        equal = [None] * len(kernels)
+        find_memory(head_scores, most_bytes_of_kernels)
+        kernels = [scores.kernel(code_weight, settings.epsilon) for scores in head_scores]
+        equal_masses = [None] * len(kernels)
         find_u(
             kernels,
-            equal,
+            equal_masses,
             settings.iterations,
             settings.relaxation,
             settings.tolerance,
             group,
         )
-        parts = [
-            _loss(scores, kernel, sample_weight, temperature, settings.hard, *of_head)
-            for scores, kernel, of_head in zip(of_heads, kernels, wanted, strict=True)
+        results = [
+            _loss(scores, kernel, sample_weight, temperature, settings.hard, *needed)
+            for scores, kernel, needed in zip(head_scores, kernels, needs_gradients, strict=True)
         ]
     return [
-        attach_gradients(loss, loss.new_ones(()), gradients, pair) if any(of_head) else loss
-        for pair, (loss, gradients), of_head in zip(factors, parts, wanted, strict=True)
+        attach_gradients(loss, loss.new_ones(()), gradients, pair) if any(needed) else loss
+        for pair, (loss, gradients), needed in zip(factors, results, needs_gradients, strict=True)
     ]
 
 
@@ -114,45 +116,48 @@ def _loss(
     sample_weight: Tensor | None,
     temperature: float,
     hard: bool,
-    to_features: bool,
-    to_directions: bool,
+    needs_features: bool,
+    needs_directions: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Return the loss, and its gradients for features and directions where they are asked for."""
+    """Return the loss and its gradients for features and directions, empty if not needed."""
     features, directions = scores.features, scores.directions
     views = len(features)
     inverse_temperature = 1 / traceable(temperature, features.device)
-    share = normalized_weights(sample_weight, features[0]) / (len(scores.of_codes) * (views - 1))
-    factor = share * -inverse_temperature
-    # In float16 the product of a feature and its share could underflow.
+    code_views = len(scores.code_features)
+    normalized_weight = normalized_weights(sample_weight, features[0])
+    pair_weight = normalized_weight / (code_views * (views - 1))
+    factor = pair_weight * -inverse_temperature
+    # In float16 the product of a feature and its weight could underflow.
     dtype = torch.float32 if features.dtype == torch.float16 else features.dtype
-    of_features = share.new_zeros(features.shape if to_features else (0,))
-    of_directions = share.new_zeros(directions.shape if to_directions else (0,))
-    loss = share.new_zeros(())
+    features_gradient = pair_weight.new_zeros(features.shape if needs_features else (0,))
+    directions_gradient = pair_weight.new_zeros(directions.shape if needs_directions else (0,))
+    loss = pair_weight.new_zeros(())
     for rows, parts in scores.blocks:
-        of_block = scores.of(features[:, rows])  # (V, b, K)
+        block_scores = scores.of(features[:, rows])  # (V, b, K)
         for part in parts:
-            of_part = of_block[:, part.start - rows.start : part.stop - rows.start]
-            codes = scores.codes(kernel, part, of_part[: len(scores.of_codes)])
+            part_scores = block_scores[:, part.start - rows.start : part.stop - rows.start]
+            codes = scores.codes(kernel, part, part_scores[:code_views])
             errors, scale = errors_of_samples(
-                list(of_part),
+                list(part_scores),
                 [one_hot(code) for code in codes] if hard else codes,
                 inverse_temperature,
                 None if sample_weight is None else sample_weight[part],
-                list(of_part) if to_features or to_directions else None,
+                list(part_scores) if needs_features or needs_directions else None,
             )
-            loss += (share[part] * errors).sum()
+            loss += (pair_weight[part] * errors).sum()
             factor[part] /= scale
-        if to_features:
-            residual = of_block.flatten(0, 1).to(dtype)  # (V·b, K)
+        # The residuals have overwritten the scores.
+        if needs_features:
+            residual = block_scores.flatten(0, 1).to(dtype)  # (V·b, K)
             products = (residual @ directions.to(dtype)).view(
-                of_block.shape[:2] + features.shape[-1:]
+                block_scores.shape[:2] + features.shape[-1:]
             )
-            of_features[:, rows] = products * factor[rows].unsqueeze(-1)
-        if to_directions:
-            residual = of_block.flatten(0, 1).to(dtype)
+            features_gradient[:, rows] = products * factor[rows].unsqueeze(-1)
+        if needs_directions:
+            residual = block_scores.flatten(0, 1).to(dtype)
             weighted = (features[:, rows] * factor[rows].unsqueeze(-1)).flatten(0, 1).to(dtype)
-            if dtype == of_directions.dtype:
-                of_directions.addmm_(residual.T, weighted)
+            if dtype == directions_gradient.dtype:
+                directions_gradient.addmm_(residual.T, weighted)
             else:
-                of_directions += residual.T @ weighted
-    return loss, (of_features, of_directions)
+                directions_gradient += residual.T @ weighted
+    return loss, (features_gradient, directions_gradient)

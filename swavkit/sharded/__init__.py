@@ -1,1 +1,1 @@
-"""Codes and loss where each rank holds a part of the prototypes."""
+"""Codes and loss if each rank holds a part of the prototypes."""

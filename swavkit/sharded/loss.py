@@ -1,21 +1,22 @@
-"""Codes and loss where no process holds all prototypes, nor anything that is as long.
+"""Codes and loss if each rank holds a part of the prototypes.
 
-Each process has k of the K prototypes, and for the time of a step the features of all samples. It
-computes the columns of scores, codes and predictions that belong to its prototypes. A sum over
-prototypes goes over the processes, as a number for each sample. In the notation of ``sinkhorn``::
+A rank has k of the K prototypes and, during a step, the features of all samples. It computes the
+columns of scores, codes and predictions of its prototypes, and no tensor of length K. Sums over
+prototypes are reduced over ranks, one number per sample. In the notation of
+``sinkhorn/functional.py``::
 
-    u = c / (Pᵀ (r * v))            # k numbers, which no other process needs
+    u = c / (Pᵀ (r * v))            # k numbers, local
     v = 1 / sum_over_ranks(P u)     # B numbers
 
-and in that of ``swapped_prediction``, for each view::
+and in that of ``swapped_prediction.py``, for each view::
 
     M = max_over_ranks(max_k S/τ)
     E = sum_over_ranks(Σ_k exp(S/τ - M))
     L = n · log E - sum_over_ranks(⟨T, S/τ - M⟩)
     ∂L/∂S = (n · exp(S/τ - M) / E - T) / τ
 
-The gradient of the scores gives that of the own prototypes as it is. That of a process's features
-is the sum of what the prototypes of all processes give.
+The gradient of a rank's prototypes follows from that of its scores alone. The gradient of features
+is summed over ranks.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ if TYPE_CHECKING:
     from swavkit.distributed.collectives import ProcessGroup
 
 
-class Spread(NamedTuple):
-    """How the samples of all processes lie one after the other.
+class BatchLayout(NamedTuple):
+    """The order of the samples of all ranks: those of rank 0, those of rank 1, and so on.
 
     Attributes:
-        sizes: How many there are on each process.
-        group: The processes; ``None`` is this one alone.
-        fractional: Whether a process gives weights other than 0 and 1.
+        sizes: The number of samples of each rank.
+        group: The ranks; ``None`` for a single rank.
+        fractional: Whether a rank may have weights other than 0 and 1.
     """
 
     sizes: list[int]
@@ -56,47 +57,46 @@ class Spread(NamedTuple):
     fractional: bool
 
     def own(self) -> slice:
-        """Return which of the samples are those of this process."""
+        """Return the slice of this rank's samples."""
         rank, _ = rank_and_size(self.group)
         first = sum(self.sizes[:rank])
         return slice(first, first + self.sizes[rank])
 
 
-def whole_batch(
+def batch_layout(
     samples: int, sample_weight: Tensor | None, device: torch.device, group: ProcessGroup | None
-) -> Spread:
-    """Return how the ``samples`` of this process lie in the batch of the group.
+) -> BatchLayout:
+    """Return the layout of the group's batch, given the number of samples of this rank.
 
-    The host waits for the number of samples on the other processes: without it they could not
-    differ.
+    The host waits for the number of samples of the other ranks, which may differ.
     """
     fractional = sample_weight is not None and sample_weight.is_floating_point()
     if group is None:
-        return Spread([samples], None, fractional)
+        return BatchLayout([samples], None, fractional)
     own = torch.tensor([samples, fractional], device=device)
-    sizes, of_weights = gather_over_ranks(own, group).T.tolist()
-    return Spread(sizes, group, any(of_weights))
+    sizes, fractional_ranks = gather_over_ranks(own, group).T.tolist()
+    return BatchLayout(sizes, group, any(fractional_ranks))
 
 
-def gathered(values: Tensor, batch: Spread) -> Tensor:
-    """Return the rows of all processes, (..., B, M), given those of this one, (..., b, M).
+def gathered(values: Tensor, layout: BatchLayout) -> Tensor:
+    """Return the rows of all ranks, (..., N, M), given those of this rank, (..., b, M).
 
-    Backward, a process gets the sum of what all processes have as gradients of its rows.
+    The backward pass sums the gradients of a row over ranks.
     """
-    if batch.group is None:
+    if layout.group is None:
         return values
-    rows: Tensor = _Gathered.apply(values, batch)  # type: ignore[no-untyped-call]
+    rows: Tensor = _Gathered.apply(values, layout)  # type: ignore[no-untyped-call]
     return rows
 
 
-def own_part(values: Tensor, batch: Spread) -> Tensor:
-    """Return the rows of this process, (b, M), of (B, M) that all processes have.
+def own_part(values: Tensor, layout: BatchLayout) -> Tensor:
+    """Return the rows of this rank, (b, M), of rows (N, M) that all ranks have.
 
-    Backward, a process gets the gradients of the rows of all processes.
+    The backward pass gathers the gradients of all rows.
     """
-    if batch.group is None:
+    if layout.group is None:
         return values
-    part: Tensor = _OwnPart.apply(values, batch)  # type: ignore[no-untyped-call]
+    part: Tensor = _OwnPart.apply(values, layout)  # type: ignore[no-untyped-call]
     return part
 
 
@@ -111,21 +111,21 @@ def sharded_codes(
     fractional: bool,
     group: ProcessGroup | None,
 ) -> Tensor:
-    """Return the columns of the codes that belong to the prototypes of this process.
+    """Return the columns of the codes that belong to the prototypes of this rank.
 
-    They are those of :func:`~swavkit.sinkhorn_knopp` for the scores of all processes side by side.
-    An iteration takes a sum over processes of one number for each sample, and in the log domain a
-    maximum before it. The first one is in the log domain; all are where scaling vectors would leave
-    the range of floating point (see ``_plan.py``).
+    They equal those of :func:`~swavkit.sinkhorn_knopp` on the scores of all prototypes. An
+    iteration reduces one sum per sample over ranks; in the log domain, also a maximum before it.
+    The first iteration is in the log domain. So are all others if the scaling vectors could leave
+    the range of floating point (see ``sinkhorn/kernel.py``).
 
     Args:
-        scores: (A, N, k), of all samples with the prototypes of this process; k may be 0.
+        scores: (A, N, k) scores of all samples with the prototypes of this rank; k may be 0.
         sample_weight: (N,) multiplicities.
         num_prototypes: K.
         epsilon: ε.
-        iterations: How many.
-        fractional: Whether a weight may be other than 0 and 1; the same on all processes.
-        group: The processes that have the other prototypes.
+        iterations: The number of iterations.
+        fractional: Whether weights may be other than 0 and 1; the same on all ranks.
+        group: The ranks that have the other prototypes.
 
     Returns:
         (A, N, k) in float32, or in float64 for float64 scores.
@@ -133,9 +133,7 @@ def sharded_codes(
     dtype = at_least_float32(scores.dtype)
     in_log_domain = fractional or iterations > SCALINGS_OF_ONE_KERNEL
     with autocast_disabled(scores.device):
-        nan_mask = nan_mask_of(scores).to(
-            dtype
-        )  # (A, N), NaN for a sample with a score that is not finite, else 0
+        nan_mask = nan_mask_of(scores).to(dtype)  # (A, N)
         exponents = (scores.to(dtype) / epsilon).masked_fill_(nan_mask.isnan().unsqueeze(-1), 0)
         weight = sample_weight.to(dtype).expand_as(nan_mask)
         code_mass = (nan_mask + 1).masked_fill_(nan_mask.isnan() & (weight == 0), 0)
@@ -146,7 +144,7 @@ def sharded_codes(
             if iteration == 0 or in_log_domain:
                 plan = exponents + (mass.log() + log_v).unsqueeze(-1)
                 log_u = -plan.logsumexp(dim=-2, keepdim=True)
-                log_u.masked_fill_(log_u == torch.inf, 0)  # nobody is present
+                log_u.masked_fill_(log_u == torch.inf, 0)  # no sample is present
                 torch.add(exponents, log_u, out=plan)
                 largest = max_over_ranks(largest_of_rows(plan), group)
                 plan.sub_(largest.unsqueeze(-1)).exp_()
@@ -154,12 +152,12 @@ def sharded_codes(
                 sums = plan.sum(dim=-1)
             else:
                 sums = over_samples(plan, mass * v)
-                # c, without which u and v would drift away from 1
-                share = mass.sum(dim=-1, keepdim=True) / num_prototypes
-                u = (share / sums).masked_fill_(sums == 0, 1)
+                # c keeps u and v near 1.
+                prototype_mass = mass.sum(dim=-1, keepdim=True) / num_prototypes
+                u = (prototype_mass / sums).masked_fill_(sums == 0, 1)
                 sums = over_prototypes(plan, u)
             sums = sum_over_ranks(sums + nan_mask, group)
-            nan_mask = sums - sums  # that which only another process has seen came with the sum
+            nan_mask = sums - sums  # NaN for non-finite scores of any rank
             mass = mass.masked_fill(nan_mask.isnan(), 0)
             code_mass = torch.where(code_mass == 0, 0, code_mass + nan_mask)
             v = sums.masked_fill_(nan_mask.isnan(), 1).reciprocal_()
@@ -170,7 +168,7 @@ def sharded_codes(
 def sharded_losses(
     scores: Tensor,
     codes: Tensor,
-    share: Tensor,
+    normalized_weight: Tensor,
     *,
     temperature: float,
     group: ProcessGroup | None,
@@ -180,7 +178,7 @@ def sharded_losses(
     Args:
         scores: (V, N, k) scores of all samples with the prototypes of this rank; k may be 0.
         codes: (A, N, k), in the dtype of the arithmetic, float32 or float64.
-        share: (N,), the normalized weight of each sample in the loss.
+        normalized_weight: (N,) weights of the samples in the loss.
         temperature: τ.
         group: The ranks that have the other prototypes.
 
@@ -204,71 +202,72 @@ def sharded_losses(
             errors += mass[view] * exponentials[view].log() - agreement[view]
             scale = (mass[view] / exponentials[view]).unsqueeze(-1)
             torch.addcmul(-target, logits[view], scale, out=residual[view])
-        absent = share == 0
-        residual.masked_fill_(absent.unsqueeze(-1), 0)
-        share = share.to(codes.dtype).unsqueeze(-1) / (len(codes) * (len(scores) - 1))
-        losses = share * errors.masked_fill_(absent, 0).unsqueeze(-1)
+        zero_weight_mask = normalized_weight == 0
+        residual.masked_fill_(zero_weight_mask.unsqueeze(-1), 0)
+        pair_weight = normalized_weight.to(codes.dtype) / (len(codes) * (len(scores) - 1))
+        pair_weight = pair_weight.unsqueeze(-1)
+        losses = pair_weight * errors.masked_fill_(zero_weight_mask, 0).unsqueeze(-1)
     if not scores.requires_grad:
         return losses
-    return attach_gradients(losses, share / temperature, [residual], [scores])
+    return attach_gradients(losses, pair_weight / temperature, [residual], [scores])
 
 
 class _Gathered(torch.autograd.Function):
-    """The rows of all processes, of which each may have another number."""
+    """See :func:`gathered`. Ranks may have different numbers of rows."""
 
     @staticmethod
-    def forward(values: Tensor, batch: Spread) -> Tensor:
-        most = max(batch.sizes)
+    def forward(values: Tensor, layout: BatchLayout) -> Tensor:
         *others, samples, columns = values.shape
-        padded = values.new_zeros(*others, most, columns)
+        padded = values.new_zeros(*others, max(layout.sizes), columns)
         padded[..., :samples, :] = values
-        with autocast_disabled(values.device):  # which would not join half precisions
-            parts = gather_over_ranks(padded, batch.group)
+        with autocast_disabled(values.device):  # autocast cannot concatenate half precisions
+            parts = gather_over_ranks(padded, layout.group)
             return torch.cat(
-                [part[..., :size, :] for part, size in zip(parts, batch.sizes, strict=True)],
+                [part[..., :size, :] for part, size in zip(parts, layout.sizes, strict=True)],
                 dim=-2,
             )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.batch = inputs[1]
+        ctx.layout = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         precise = gradient.to(at_least_float32(gradient.dtype))
-        total = sum_over_ranks(precise.clone() if precise is gradient else precise, ctx.batch.group)
-        return total[..., ctx.batch.own(), :].to(gradient.dtype), None
+        summand = precise.clone() if precise is gradient else precise
+        total = sum_over_ranks(summand, ctx.layout.group)
+        return total[..., ctx.layout.own(), :].to(gradient.dtype), None
 
 
 class _OwnPart(torch.autograd.Function):
-    """The rows of this process, of those that all processes have."""
+    """See :func:`own_part`."""
 
     @staticmethod
-    def forward(values: Tensor, batch: Spread) -> Tensor:
-        return values[batch.own()].clone()
+    def forward(values: Tensor, layout: BatchLayout) -> Tensor:
+        return values[layout.own()].clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.batch = inputs[1]
+        ctx.layout = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Gathered.forward(gradient, ctx.batch), None
+        return _Gathered.forward(gradient, ctx.layout), None
 
 
 def _targets(codes: Tensor, views: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield each view that has something to predict, with the sum of the codes that it must."""
-    of_all = reduce(torch.add, codes)
+    """Yield each view that has a target, and the target: the sum of the other views' codes."""
+    target_of_all = reduce(torch.add, codes)
     for view in range(views):
         others = [code for index, code in enumerate(codes) if index != view]
         if view >= len(codes):
-            yield view, of_all
+            yield view, target_of_all
         elif others:
             yield view, reduce(torch.add, others)
 
 
 def largest_of_rows(entries: Tensor) -> Tensor:
-    """Return the largest entry of each row (..., k), and hardly a number where k is 0."""
+    """Return the largest entry of each row (..., k); the most negative finite value if k is 0."""
     if entries.shape[-1]:
         return entries.amax(dim=-1)
     return entries.new_full(entries.shape[:-1], torch.finfo(entries.dtype).min)

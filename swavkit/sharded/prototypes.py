@@ -1,4 +1,4 @@
-"""Prototypes of which each process has a part, and the loss of ``SwAVLoss`` with them."""
+"""Prototypes sharded over ranks, and the loss of ``SwAVLoss`` with them."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from swavkit.distributed.collectives import (
 )
 from swavkit.prototypes import PrototypeLayer
 from swavkit.sharded.loss import (
-    Spread,
+    BatchLayout,
+    batch_layout,
     gathered,
     largest_of_rows,
     own_part,
     sharded_codes,
     sharded_losses,
-    whole_batch,
 )
 from swavkit.sinkhorn.module import SinkhornKnopp
 from swavkit.swapped_prediction import SwappedPredictionLoss, normalized_weights
@@ -45,21 +45,20 @@ if TYPE_CHECKING:
 
 
 class ShardedPrototypeLayer(PrototypeLayer):
-    """A :class:`PrototypeLayer` with its rows spread over processes.
+    """A :class:`PrototypeLayer` with its rows sharded over W ranks.
 
-    Each process has K/W of the rows, rounded up, and the last ones have fewer or none. Nothing on
-    any process is as long as K, so that the layer gives no scores: what needs them is done on the
-    part of each process.
+    Each rank has K/W of the rows, rounded up; the last ranks have fewer or none. The layer returns
+    no scores, since no rank holds a tensor of length K.
 
     Args:
         feature_dim: D.
         num_prototypes: K.
-        gradient: As of :class:`PrototypeLayer`.
-        process_group: The processes, more than one; the default group if ``None``.
+        gradient: See :class:`PrototypeLayer`.
+        process_group: The ranks, more than one; the default group if ``None``.
 
     Attributes:
-        weight: (K, D) parameter, a ``DTensor`` with ``Shard(0)``, and so is its gradient. To begin
-            with, the rows are drawn independently, also where all processes have the same seed.
+        weight: (K, D) parameter, a ``DTensor`` with ``Shard(0)``, like its gradient. Its initial
+            rows are independent, even if all ranks have the same seed.
     """
 
     def __init__(
@@ -73,12 +72,12 @@ class ShardedPrototypeLayer(PrototypeLayer):
         nn.Module.__init__(self)
         self._configure(feature_dim, num_prototypes, gradient)
         self._group = GroupHandle(process_group)
-        self._held = rows_of(self.num_prototypes, *rank_and_size(self._processes()))
-        held = self._held.stop - self._held.start
-        self.weight = nn.Parameter(self._spread(torch.empty(held, self.feature_dim)))
+        self._held = rows_of(self.num_prototypes, *rank_and_size(self._participants()))
+        own = torch.empty(self._held.stop - self._held.start, self.feature_dim)
+        self.weight = nn.Parameter(self._sharded(own))
         self.reset_parameters()
 
-    def _processes(self) -> ProcessGroup:
+    def _participants(self) -> ProcessGroup:
         group = participants(self._group.get(), synchronize=True)
         assert group is not None, "one process alone has a PrototypeLayer"
         return group
@@ -86,17 +85,17 @@ class ShardedPrototypeLayer(PrototypeLayer):
     def _rows(self) -> Tensor:
         return local_part(self.weight)
 
-    def _spread(self, own: Tensor) -> Tensor:
-        """Return the tensor (K, ...) of which this process has its ``own`` rows."""
-        return sharded(own, 0, self.num_prototypes, self._processes())
+    def _sharded(self, own: Tensor) -> Tensor:
+        """Return the ``DTensor`` (K, ...) with this rank's ``own`` rows."""
+        return sharded(own, 0, self.num_prototypes, self._participants())
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the prototypes uniformly on the unit sphere, from torch's global generator.
 
-        They are drawn in the order of the processes, and each keeps its own.
+        Each rank draws the prototypes of all ranks, in order, and keeps its own.
         """
-        rank, size = rank_and_size(self._processes())
+        rank, size = rank_and_size(self._participants())
         for other in range(size):
             part = rows_of(self.num_prototypes, other, size)
             drawn = self._rows().new_empty(part.stop - part.start, self.feature_dim)
@@ -106,7 +105,7 @@ class ShardedPrototypeLayer(PrototypeLayer):
         self.normalize_()
 
     def forward(self, features: Tensor, *, frozen: Tensor | None = None) -> NoReturn:
-        """Refuse to return scores."""
+        """Raise ``RuntimeError``: no rank has the scores of all prototypes."""
         raise RuntimeError(
             f"scores of all {self.num_prototypes} prototypes are on no process, as each has a part "
             f"of them; expected the use of assign(features), by all processes, or of "
@@ -116,39 +115,39 @@ class ShardedPrototypeLayer(PrototypeLayer):
     @property
     def directions(self) -> Tensor:
         """The prototypes as unit rows, (K, D), a ``DTensor`` like the weight, without gradient."""
-        return self._spread(super().directions)
+        return self._sharded(super().directions)
 
     @torch.no_grad()
     def assign(self, features: Tensor) -> Tensor:
         """Return the index of the nearest prototype of each feature, (...,) int64.
 
-        All processes of the group must make the call, in ``eval()`` too, each with its own
-        features (..., D), as many or few as it has.
+        All ranks of the group must make the call, also in ``eval()``, each with its own features
+        (..., D), of any number.
         """
         unit, directions = self._factors(features, None)
         rows = unit.flatten(0, -2) if unit.dim() > 1 else unit[None]
-        batch = whole_batch(len(rows), None, rows.device, self._processes())
-        scores = F.linear(gathered(rows, batch), directions)
+        layout = batch_layout(len(rows), None, rows.device, self._participants())
+        scores = F.linear(gathered(rows, layout), directions)
         nearest = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
         if len(directions):
             nearest = scores.argmax(dim=-1) + self._held.start
-        best_of = gather_over_ranks(largest_of_rows(scores), batch.group).argmax(dim=0)
-        chosen = gather_over_ranks(nearest, batch.group).gather(0, best_of[None])
-        return own_part(chosen[0], batch).view(features.shape[:-1])
+        best_rank = gather_over_ranks(largest_of_rows(scores), layout.group).argmax(dim=0)
+        chosen = gather_over_ranks(nearest, layout.group).gather(0, best_rank[None])
+        return own_part(chosen[0], layout).view(features.shape[:-1])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        """Take the own rows of a weight that is there as a whole, from before it was spread."""
+        """Load this rank's rows of the weight, also from a weight that is not sharded."""
         value = state_dict.get(prefix + "weight")
         if isinstance(value, Tensor) and not is_sharded(value) and value.shape == self.weight.shape:
             own = value[self._held].to(self.weight.device, copy=True)
-            state_dict = {**state_dict, prefix + "weight": self._spread(own)}
+            state_dict = {**state_dict, prefix + "weight": self._sharded(own)}
         super()._load_from_state_dict(state_dict, prefix, *others)
 
 
 def layer_class(
     shard_prototypes: bool, process_group: ProcessGroup | None, synchronize: bool | str
 ) -> Callable[..., PrototypeLayer]:
-    """Return what makes a layer of prototypes: a sharded one, if told so and not alone."""
+    """Return the constructor of a layer, sharded if requested and if there are several ranks."""
     _checks.boolean("shard_prototypes", shard_prototypes)
     if shard_prototypes and not synchronize:
         raise ValueError("shard_prototypes must be False with synchronize=False, got True")
@@ -168,9 +167,9 @@ def sharded_head_losses(
     memory: str,
     details: bool,
 ) -> list[HeadLoss]:
-    """Return the loss with each sharded head, and with ``details`` its codes and scores.
+    """Return the loss of each sharded head, with ``details`` also its codes and scores.
 
-    Codes (A, N, K) and scores (V, N, K) are those of the samples of all ranks, as ``DTensor``
+    Codes (A, N, K) and scores (V, N, K) contain the samples of all ranks. They are ``DTensor``
     sharded over the prototypes.
     """
     if group is None:
@@ -203,45 +202,48 @@ def sharded_head_losses(
         if value != only:
             raise ValueError(f"{name} must be {only!r} where prototypes are sharded, got {value!r}")
     samples = batch.features.shape[1]
-    spread = whole_batch(samples, batch.sample_weight, batch.features.device, group)
-    share = normalized_weights(batch.sample_weight, batch.features[0])
-    own = share.new_ones(samples)
+    layout = batch_layout(samples, batch.sample_weight, batch.features.device, group)
+    normalized_weight = normalized_weights(batch.sample_weight, batch.features[0])
+    weight = normalized_weight.new_ones(samples)
     if batch.sample_weight is not None:
-        own = batch.sample_weight.detach().to(share.dtype)
-    weight, share = gathered(torch.stack([own, share], dim=1).detach(), spread).unbind(dim=1)
-    features = gathered(batch.features, spread)  # (V, N, D)
+        weight = batch.sample_weight.detach().to(normalized_weight.dtype)
+    both_weights = torch.stack([weight, normalized_weight], dim=1).detach()
+    weight, normalized_weight = gathered(both_weights, layout).unbind(dim=1)
+    features = gathered(batch.features, layout)  # (V, N, D)
     if batch.queued is not None and batch.queue_mask is not None:
-        slots = Spread([len(batch.queue_mask)] * len(spread.sizes), group, False)
-        queued = gathered(batch.queued, slots)  # (A, M, D)
+        queue_layout = BatchLayout([len(batch.queue_mask)] * len(layout.sizes), group, False)
+        queued = gathered(batch.queued, queue_layout)  # (A, M, D)
         mask = batch.queue_mask.to(weight.dtype).unsqueeze(-1)
-        weight = torch.cat([weight, gathered(mask, slots).squeeze(-1)])
+        weight = torch.cat([weight, gathered(mask, queue_layout).squeeze(-1)])
 
     results = []
     for head in heads:
         unit, directions = head._factors(features, batch.frozen)
         if directions.requires_grad:
-            # Nobody averages this gradient over ranks, as those of other parameters are averaged.
+            # DDP averages the gradients of other parameters over ranks, but not this one.
             directions = directions.view_as(directions)
             directions.register_hook(  # type: ignore[no-untyped-call]
-                lambda gradient: gradient / len(spread.sizes)
+                lambda gradient: gradient / len(layout.sizes)
             )
         scores = linear(unit, directions)  # (V, N, k)
         with torch.no_grad():
-            to_code = scores[: batch.num_code_views].to(at_least_float32(scores.dtype))
+            code_scores = scores[: batch.num_code_views].to(at_least_float32(scores.dtype))
             if batch.queued is not None:
-                of_queued = F.linear(*head._factors(queued, None))
-                to_code = torch.cat([to_code, of_queued.to(to_code.dtype)], dim=1)
+                queued_scores = F.linear(*head._factors(queued, None))
+                code_scores = torch.cat([code_scores, queued_scores.to(code_scores.dtype)], dim=1)
         codes = sharded_codes(
-            to_code,
+            code_scores,
             weight,
             head.num_prototypes,
             epsilon=settings.epsilon,
             iterations=settings.iterations,
-            fractional=spread.fractional,
+            fractional=layout.fractional,
             group=group,
         )[:, : scores.shape[1]]
-        of_samples = sharded_losses(scores, codes, share, temperature=temperature, group=group)
-        head_loss = own_part(of_samples, spread).sum()
+        sample_losses = sharded_losses(
+            scores, codes, normalized_weight, temperature=temperature, group=group
+        )
+        head_loss = own_part(sample_losses, layout).sum()
         if details:
             both = (sharded(values, 2, head.num_prototypes, group) for values in (codes, scores))
             results.append(HeadLoss(head_loss, SwAVDetails(*(values.detach() for values in both))))
