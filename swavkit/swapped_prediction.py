@@ -31,7 +31,14 @@ from torch import Tensor, nn
 
 from swavkit import _checks
 from swavkit._autograd import attach_gradients
-from swavkit._tensors import at_least_float32, autocast_disabled, on_cpu, scaled_sum, traceable
+from swavkit._tensors import (
+    at_least_float32,
+    autocast_disabled,
+    empty,
+    on_cpu,
+    scaled_sum,
+    traceable,
+)
 
 __all__ = ["SwappedPredictionLoss", "swapped_prediction_loss"]
 
@@ -95,7 +102,7 @@ def swapped_prediction_loss(
     terms = score_views, code_views, temperature, sample_weight
     if not (torch.is_grad_enabled() and any(part.requires_grad for part in given)):
         return _loss_and_factor(None, *terms)[0]
-    residuals = [torch.empty_like(part) for part in given]
+    residuals = [empty(part.shape, part.dtype, part) for part in given]
     loss, factor = _loss_and_factor(
         list(residuals[0]) if isinstance(scores, Tensor) else residuals, *terms
     )
