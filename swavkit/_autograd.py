@@ -36,8 +36,8 @@ def linear(features: Tensor, weight: Tensor) -> Tensor:
     """Return ``torch.nn.functional.linear(features, weight)`` in the same precision.
 
     Its backward pass keeps that precision. Inside autocast, torch's own computes a float32 gradient
-    in half precision. On a CPU, scores, residuals and gradient lie on huge pages, with which a step of
-    8×64×30,000 takes 0.75 to 0.88 of the time.
+    in half precision. On a CPU, scores, residuals and gradient lie on huge pages: a step of
+    8×64×30,000 then takes 0.75 to 0.88 of the time.
     """
     if torch.compiler.is_compiling():
         return F.linear(features, weight)

@@ -179,7 +179,9 @@ def _fused(
     """Compute the losses block by block, without the scores of all views."""
     factors = [head._factors(batch.features, batch.frozen) for head in heads]
     dtype = at_least_float32(product_dtype(factors[0][0]))
+    group = sinkhorn._participants()
     sinkhorn._compare(
+        group,
         batch.num_code_views * len(heads),
         sum(head.num_prototypes for head in heads),
         factors[0][0].detach()[:0].to(dtype),
@@ -192,7 +194,7 @@ def _fused(
         sample_weight=batch.sample_weight,
         temperature=_checks.positive_float("temperature", loss.temperature),
         settings=sinkhorn._settings(),
-        group=sinkhorn._participants(),
+        group=group,
         most_bytes_of_kernels=most_bytes_of_kernels,
     )
     return [HeadLoss(value) for value in losses]

@@ -241,7 +241,7 @@ def _unit_rows_and_norms(rows: Tensor, differentiate_norm: bool = True) -> tuple
     # Divided by the largest entry first, so that no square over- or underflows. It cancels.
     constant = rows.detach()
     largest = torch.maximum(constant.amax(-1, keepdim=True), -constant.amin(-1, keepdim=True))
-    largest = largest.clamp_(min=torch.finfo(rows.dtype).tiny)
+    largest = largest.clamp(min=torch.finfo(rows.dtype).tiny)
     scaled = rows / largest
     differentiable = scaled if differentiate_norm else scaled.detach()
     norm = torch.linalg.vector_norm(differentiable, dim=-1, keepdim=True)

@@ -175,7 +175,7 @@ def test_the_front_door_has_no_logic() -> None:
 
 @EACH_FILE
 def test_a_file_is_short_enough_to_read_in_one_sitting(file: str) -> None:
-    assert len((PACKAGE / f"{file}.py").read_text("utf-8").splitlines()) <= 400
+    assert len((PACKAGE / f"{file}.py").read_text("utf-8").splitlines()) <= 500
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from hypothesis.extra.numpy import arrays
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swavkit import SinkhornKnopp, sinkhorn_knopp
-from swavkit.sinkhorn import arithmetic, kernel
+from swavkit.sinkhorn import kernel
 from tests import oracles, tolerances
 from tests.modes import (
     CountingBackend,
@@ -581,8 +581,7 @@ def small_blocks() -> Iterator[None]:
         patch.object(kernel, "_VALUES_OF_A_BLOCK", 20),
         patch.object(kernel, "_SAMPLES_OF_A_BLOCK", 4),
         patch.object(kernel, "PARTS_OF_A_PRODUCT", 2),
-        patch.object(arithmetic, "PARTS_OF_A_PRODUCT", 2),
-        patch.object(arithmetic, "_VALUES_OF_A_PART", 4),
+        patch.object(kernel, "_VALUES_OF_A_PART", 4),
         patch.object(kernel, "_VALUES_AT_ONCE", 0),
     ):
         yield

@@ -215,22 +215,23 @@ class MultiCropTransform:
 
     def _one_by_one(self, images: Images, parameters: Tensor) -> list[Tensor]:
         """Cut, distort and normalise crop by crop on the CPU, each while it is in the cache."""
-        most = images.largest_value
+        most, dtype, returned = images.largest_value, images.working_dtype, images.returned_dtype
+        channels, memory_format = images.channels, images.memory_format
         mean, std, unit = (self._statistic(v, images) for v in (self.mean, self.std, 1 / most))
         scaled_mean, scale, scaled_scale = most * mean, 1 / std, 1 / (most * std)
         results = [
             torch.empty(
-                (len(images.samples), images.channels, group.size, group.size),
-                dtype=images.working_dtype,
+                (len(images.samples), channels, group.size, group.size),
+                dtype=dtype,
                 device="cpu",
-                memory_format=images.memory_format,
+                memory_format=memory_format,
             )
             for _, group in self._each_crop
         ]
         for sample, rows in enumerate(parameters.tolist()):
             image = images.samples[sample]
             if not (self.eight_bit and image.dtype == torch.uint8):
-                image = image.contiguous().to(images.working_dtype)
+                image = image.contiguous().to(dtype)
             for crops, (_, group), numbers in zip(results, self._each_crop, rows, strict=True):
                 crop = crops[sample]
                 cut = box_ops.cut(image, numbers[: box_ops.BOX], group.size)
@@ -246,7 +247,7 @@ class MultiCropTransform:
             if _is_users(group.photometric):
                 crops = self._users_step(results[position], index, images.single)
                 results[position] = (crops - mean) / std
-        return [crops.to(images.returned_dtype) for crops in results]
+        return [crops.to(returned) for crops in results]
 
     def _together(self, images: Images, parameters: Tensor) -> list[Tensor]:
         """Cut, distort and normalise a whole batch, crop by crop, on its device."""

@@ -36,8 +36,12 @@ from swavkit.distributed.collectives import (
     rank_and_size,
     sum_over_ranks,
 )
-from swavkit.sinkhorn.arithmetic import nan_mask_of, over_prototypes, over_samples
-from swavkit.sinkhorn.kernel import SCALINGS_OF_ONE_KERNEL
+from swavkit.sinkhorn.kernel import (
+    SCALINGS_OF_ONE_KERNEL,
+    nan_mask_of,
+    over_prototypes,
+    over_samples,
+)
 
 if TYPE_CHECKING:
     from swavkit.distributed.collectives import ProcessGroup

@@ -112,7 +112,7 @@ def _iterate_relaxed(
         g = -logsumexp_j(S/ε + f)
 
     Masses are logarithms, since a prototype may get less mass than floating point can hold. They
-    and f are multiplied by ε and scaled like the scores; see ``arithmetic.py``.
+    and f are multiplied by ε and scaled like the scores; see ``kernel.py``.
     """
     shifts = _largest_scores(kernels, group)
     targets = [

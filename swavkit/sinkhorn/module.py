@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor, nn
 
@@ -121,6 +121,7 @@ class SinkhornKnopp(nn.Module):
         problems = checked_problems(scores, sample_weight, prototype_weight)
         shapes = [problem.scores.shape for problem in problems]
         self._compare(
+            group,
             sum(math.prod(shape[:-2]) for shape in shapes),
             sum(shape[-1] for shape in shapes),
             problems[0].scores,
@@ -132,16 +133,26 @@ class SinkhornKnopp(nn.Module):
     if TYPE_CHECKING:
         __call__ = forward  # nn.Module's returns anything
 
-    def _compare(self, problems: int, prototypes: int, like: Tensor, prior: bool = False) -> None:
+    def _compare(
+        self,
+        group: ProcessGroup | None,
+        problems: int,
+        prototypes: int,
+        like: Tensor,
+        prior: bool = False,
+    ) -> None:
         """Compare the settings and numbers of problems and prototypes over the ranks, if due."""
-        record = {
-            "num_prototypes": prototypes,
-            "the number of problems": problems,
-            "the dtype of scores": like.dtype,
-            "whether prototype_weight is given": prior,
-            **self._settings()._asdict(),
-        }
-        self._agreement.require(lambda: record, self._participants(), like.device)
+
+        def record() -> dict[str, Any]:
+            return {
+                "num_prototypes": prototypes,
+                "the number of problems": problems,
+                "the dtype of scores": like.dtype,
+                "whether prototype_weight is given": prior,
+                **self._settings()._asdict(),
+            }
+
+        self._agreement.require(record, group, like.device)
 
     def _participants(self) -> ProcessGroup | None:
         """Return the processes that share the batch of a call now, or ``None``."""
