@@ -63,7 +63,7 @@ class PrototypeLayer(nn.Module):
 
     __prepare_scriptable__ = _checks.refuse_scripting
 
-    _held = slice(None)  # which of the prototypes this process has
+    _held = slice(None)  # the prototypes of this rank
 
     def __init__(
         self,

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swavkit import CropGroup, MultiCropTransform, _tensors
-from swavkit.multicrop import box_ops
+from swavkit import CropGroup, MultiCropTransform
+from swavkit.multicrop import box_ops, separable
 from tests.image_oracles import resized_box, seeded
 from tests.modes import RoundedProducts
 
@@ -242,7 +242,7 @@ def test_autocast_does_not_coarsen_the_pixels():
 
 
 def filtering_as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tensors, "_may_be_rounded", lambda factor: factor.dtype == torch.float32)
+    monkeypatch.setattr(separable, "_may_be_rounded", lambda factor: factor.dtype == torch.float32)
 
 
 @pytest.mark.parametrize("size", [8, 40])

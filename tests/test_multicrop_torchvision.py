@@ -40,7 +40,7 @@ def changed(crop: torch.Tensor, **columns: float) -> list[torch.Tensor]:
     alone = crop.clone()
     color_ops.distort_(alone, row)
     numbers = torch.tensor([row], dtype=crop.dtype)
-    return [alone, color_ops.distort(crop[None], numbers, colours=True, blur=10)[0]]
+    return [alone, color_ops.distort(crop[None], numbers, colors=True, blur=10)[0]]
 
 
 @each_dtype

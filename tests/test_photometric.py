@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from swavkit import CropGroup, MultiCropTransform, PhotometricDistortion, _tensors
-from swavkit.multicrop import color_ops, photometric
+from swavkit import CropGroup, MultiCropTransform, PhotometricDistortion
+from swavkit.multicrop import color_ops, photometric, separable
 from tests import image_oracles
 from tests.image_oracles import other_defaults, random_crops, seeded
 from tests.modes import CountingBackend, RoundedProducts
@@ -37,7 +37,7 @@ def in_place(crops: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
 
 
 def at_once(crops: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-    return color_ops.distort(crops, parameters.to(crops), colours=True, blur=10)
+    return color_ops.distort(crops, parameters.to(crops), colors=True, blur=10)
 
 
 each_form = pytest.mark.parametrize("form", [in_place, at_once])
@@ -214,7 +214,7 @@ def test_autocast_does_not_coarsen_the_pixels(requires_grad):
 
 @pytest.mark.parametrize("size", [8, 30])
 def test_tf32_does_not_coarsen_the_blur(size, monkeypatch):
-    monkeypatch.setattr(_tensors, "_may_be_rounded", lambda factor: factor.dtype == torch.float32)
+    monkeypatch.setattr(separable, "_may_be_rounded", lambda factor: factor.dtype == torch.float32)
     crops = random_crops(3, size=size)
     rows = parameters(3, _11=[0.1, 0.7, 2.0])
     with RoundedProducts() as products:

@@ -92,7 +92,7 @@ def _between(low: Tensor, high: Tensor, uniform: Tensor) -> Tensor:
 def _resizing(start: Tensor, length: Tensor, mirrored: Tensor, total: int, size: int) -> Tensor:
     """Return the weights (B, size, total) of ``total`` pixels in each pixel of a crop.
 
-    Row i is a triangle around the centre of output pixel i, widened where pixels are merged.
+    Row i is a triangle around the center of output pixel i, widened where pixels are merged.
     """
     inside = torch.arange(total, device=start.device, dtype=start.dtype) - start[:, None]
     target = torch.arange(size, device=start.device, dtype=start.dtype)

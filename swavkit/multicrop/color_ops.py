@@ -1,4 +1,4 @@
-"""What the photometric step does to pixels: one crop in place, or a whole batch at once.
+"""Color jitter, grayscale and blur of pixels: one crop in place, or a whole batch at once.
 
 Both take the same parameters, a row of ``PARAMETERS`` numbers for each crop:
 
@@ -7,12 +7,12 @@ Both take the same parameters, a row of ``PARAMETERS`` numbers for each crop:
 3-5   the factor of each, 1 for none
 6-8   1 where it comes before the hue, else 0
 9     the shift of the hue in revolutions, 0 for none
-10    the factor of the greyscale: 0 for grey, 1 for none
+10    the factor of the grayscale: 0 for gray, 1 for none
 11    the standard deviation of the blur in pixels, 0 for none
 ====  ====================================================================================
 
 Brightness, contrast and saturation are one formula: a blend of the crop with black, with its mean
-grey, or with the grey of each pixel. So is the greyscale. A batch, whose samples have the steps in
+gray, or with the gray of each pixel. So is the grayscale. A batch, whose samples have the steps in
 different orders, therefore makes the three blends twice, before and after the hue, with factor 1
 where a sample has no step.
 """
@@ -47,7 +47,7 @@ def blur_radius(sigma: float) -> int:
 
 def distort_(crop: Tensor, parameters: Sequence[float]) -> None:
     """Apply the photometric step to one crop."""
-    shift, grey, sigma = parameters[9:]
+    shift, gray, sigma = parameters[9:]
     steps = list(zip(parameters[:3], parameters[3:6], parameters[6:9], strict=True))
     for kind, factor, before in steps:
         if before and factor != 1:
@@ -57,8 +57,8 @@ def distort_(crop: Tensor, parameters: Sequence[float]) -> None:
     for kind, factor, before in steps:
         if not before and factor != 1:
             _blend_(crop, int(kind), factor)
-    if grey != 1:
-        _blend_(crop, SATURATION, grey)
+    if gray != 1:
+        _blend_(crop, SATURATION, gray)
     if sigma:
         _blur_(crop, sigma)
 
@@ -71,8 +71,8 @@ def _blend_(crop: Tensor, kind: int, factor: float) -> None:
         mean = sum(map(operator.mul, _luma(len(crop)), means))
         crop.mul_(factor).add_((1 - factor) * mean)
     else:
-        grey = torch.mv(crop.flatten(1).T, crop.new_tensor(_luma(len(crop)))).view(crop.shape[1:])
-        crop.mul_(factor).add_(grey, alpha=1 - factor)
+        gray = torch.mv(crop.flatten(1).T, crop.new_tensor(_luma(len(crop)))).view(crop.shape[1:])
+        crop.mul_(factor).add_(gray, alpha=1 - factor)
     crop.clamp_(0, 1)
 
 
@@ -85,13 +85,13 @@ def _turn_hue_(crop: Tensor, shift: float) -> None:
     value, least = crop.amax(0), crop.amin(0)
     chroma = value - least
     not_red, not_green = (value - red).sign_(), value.sub_(green).sign_()
-    divisor = chroma.mul(6).clamp_(min=torch.finfo(crop.dtype).tiny)  # grey has no hue; any will do
+    divisor = chroma.mul(6).clamp_(min=torch.finfo(crop.dtype).tiny)  # gray has no hue; any will do
     turns = (red - green).div_(divisor).add_(2 / 3)  # where blue is the largest
     other = (blue - red).div_(divisor).add_(1 / 3).lerp_(turns, not_green)
     turns = torch.sub(green, blue, out=turns).div_(divisor).lerp_(other, not_red)
     turns.add_(1 + shift).frac_()
-    centres, slopes, offsets = _hue_shares(crop.dtype)
-    share = (turns - centres).abs_().mul_(slopes).add_(offsets).clamp_(0, 1)
+    centers, slopes, offsets = _hue_shares(crop.dtype)
+    share = (turns - centers).abs_().mul_(slopes).add_(offsets).clamp_(0, 1)
     torch.addcmul(least, chroma, share, out=crop)
 
 
@@ -99,8 +99,8 @@ def _turn_hue_(crop: Tensor, shift: float) -> None:
 def _hue_shares(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Return where the hue of each channel lies, how its share falls from there, and from what."""
     rows = (1 / 2, 1 / 3, 2 / 3), (6, -6, -6), (-1, 2, 2)
-    centres, slopes, offsets = torch.tensor(rows, dtype=dtype, device="cpu").view(3, 3, 1, 1)
-    return centres, slopes, offsets
+    centers, slopes, offsets = torch.tensor(rows, dtype=dtype, device="cpu").view(3, 3, 1, 1)
+    return centers, slopes, offsets
 
 
 def _blur_(crop: Tensor, sigma: float) -> None:
@@ -127,16 +127,16 @@ def _blur_(crop: Tensor, sigma: float) -> None:
 # A batch (B, C, H, W) on any device, differentiable; parameters are (B, PARAMETERS) there.
 
 
-def distort(crops: Tensor, parameters: Tensor, *, colours: bool, blur: int) -> Tensor:
+def distort(crops: Tensor, parameters: Tensor, *, colors: bool, blur: int) -> Tensor:
     """Apply the photometric step to each crop of a batch.
 
     Args:
         crops: (B, C, H, W).
         parameters: (B, PARAMETERS) in the dtype and on the device of the crops.
-        colours: Whether any crop may have its colours changed.
+        colors: Whether any crop may have its colors changed.
         blur: Radius of the widest blur that any crop may have, 0 for none.
     """
-    if colours:
+    if colors:
         column = parameters[..., None, None, None]  # (B, PARAMETERS, 1, 1, 1)
         kinds, factors, before = column[:, :3], column[:, 3:6], column[:, 6:9] > 0
         for turn in range(3):
@@ -153,20 +153,20 @@ def distort(crops: Tensor, parameters: Tensor, *, colours: bool, blur: int) -> T
 
 
 def _blend(crops: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
-    grey = _grey(crops)
-    other = torch.where(kind == CONTRAST, grey.mean((1, 2, 3), keepdim=True), grey)
+    gray = _gray(crops)
+    other = torch.where(kind == CONTRAST, gray.mean((1, 2, 3), keepdim=True), gray)
     other = other * (kind != BRIGHTNESS)
     return (factor * crops + (1 - factor) * other).clamp(0, 1)
 
 
-def _grey(crops: Tensor) -> Tensor:
+def _gray(crops: Tensor) -> Tensor:
     # With Python numbers: a tensor of them would have to be copied to the device.
     planes = zip(_luma(crops.shape[1]), crops.unbind(1), strict=True)
     return torch.stack([weight * plane for weight, plane in planes], dim=1).sum(1, keepdim=True)
 
 
 def _luma(channels: int) -> tuple[float, ...]:
-    """Return the share of each channel in the grey of a pixel; without colours, equal ones."""
+    """Return the share of each channel in the gray of a pixel; without colors, equal ones."""
     return _LUMA if channels == 3 else (1 / channels,) * channels
 
 
@@ -175,7 +175,7 @@ def _turn_hue(crops: Tensor, shift: Tensor) -> Tensor:
     red, green, blue = crops.unbind(1)
     value, least = crops.amax(1), crops.amin(1)
     chroma = value - least
-    divisor = chroma.where(chroma > 0, 1)  # grey has no hue; any will do
+    divisor = chroma.where(chroma > 0, 1)  # gray has no hue; any will do
     sixths = torch.where(
         value == red,
         (green - blue) / divisor,

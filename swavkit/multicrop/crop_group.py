@@ -1,4 +1,4 @@
-"""One resolution of a multi-crop, and what a sequence of them must be."""
+"""``CropGroup``: the crops of one resolution, and checks of a sequence of groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pass of crops of several resolutions through a network, for any method."""
+"""``multi_crop_forward``: crops of several resolutions through a network."""
 
 from __future__ import annotations
 

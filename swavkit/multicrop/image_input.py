@@ -1,4 +1,4 @@
-"""What a user gives as images: checked, and made tensors."""
+"""Input images, checked and converted to tensors."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from swavkit._tensors import at_least_float32, autocast_disabled, one_by_one
 
 _MANY, _SMALL = 16, 48**2  # images, pixels of each: from where on a CPU is faster with batches
 _SLACK = 1e-3  # beyond [0, 1], for the rounding of bfloat16 pixels
-_GREYSCALE = ("1", "L", "LA")  # modes of PIL images, beside those of more than 8 bits
+_GRAYSCALE = ("1", "L", "LA")  # modes of PIL images, beside those of more than 8 bits
 _WHITE_16_BIT = 65535  # of modes I;16 and I, as which PIL opens 16-bit files
 _ORIENTATION = 0x0112  # in EXIF
 
 
 @runtime_checkable
 class PILImage(Protocol):
-    """What this package asks of a PIL image, so that PIL need not be imported."""
+    """The parts of PIL's image class in use here, so that PIL need not be imported."""
 
     @property
     def mode(self) -> str: ...
@@ -83,7 +83,7 @@ class Images:
 
     @property
     def largest_value(self) -> int:
-        """What white is."""
+        """The value of white pixels."""
         return 255 if self.first.dtype == torch.uint8 else 1
 
     @property
@@ -168,11 +168,11 @@ def _pixels(
 def _pil_pixels(name: str, image: PILImage, channels: int | None) -> Tensor:
     """Return the (C, H, W) pixels of a PIL image, uint8 or, of modes I and F, in [0, 1]."""
     wide = image.mode.startswith(("I", "F"))
-    greyscale = channels != 3 and (wide or image.mode in _GREYSCALE)
+    grayscale = channels != 3 and (wide or image.mode in _GRAYSCALE)
     try:
         image.load()
         # Copies, of which the tensor may be the only owner.
-        pixels = np.array(image) if wide else _eight_bit_pixels(image, greyscale)
+        pixels = np.array(image) if wide else _eight_bit_pixels(image, grayscale)
         orientation = image.getexif().get(_ORIENTATION)
     except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for a corrupt file
         raise ValueError(f"{name} must be a readable PIL image, got one where {error}") from error
@@ -186,18 +186,18 @@ def _pil_pixels(name: str, image: PILImage, channels: int | None) -> Tensor:
     wide_pixels = torch.from_numpy(upright.astype(np.float32)).permute(2, 0, 1) / white
     expected = f"{name} must have values in [0, {white}] as a PIL image of mode {image.mode!r}"
     _refuse_values_outside_0_1(expected, wide_pixels, white)
-    return wide_pixels if greyscale else wide_pixels.expand(3, -1, -1)
+    return wide_pixels if grayscale else wide_pixels.expand(3, -1, -1)
 
 
-def _eight_bit_pixels(image: PILImage, greyscale: bool) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _eight_bit_pixels(image: PILImage, grayscale: bool) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Return (H, W) or (H, W, C) pixels; what is transparent lies on white."""
     transparent = image.mode[-1] in "Aa" or image.mode == "P" or "transparency" in image.info
-    mode = ("L" if greyscale else "RGB") + "A" * transparent
+    mode = ("L" if grayscale else "RGB") + "A" * transparent
     pixels = np.array(image if image.mode == mode else image.convert(mode))
     if not transparent:
         return pixels
-    colours, alpha = pixels[..., :-1], pixels[..., -1:].astype(np.uint16)
-    return ((colours * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    colors, alpha = pixels[..., :-1], pixels[..., -1:].astype(np.uint16)
+    return ((colors * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
 def _upright(pixels: np.ndarray[Any, Any], orientation: Any) -> np.ndarray[Any, Any]:

@@ -1,4 +1,4 @@
-"""The published photometric step: colour jitter, greyscale and blur, drawn per sample.
+"""The published photometric step: color jitter, grayscale and blur, drawn per sample.
 
 The random numbers are drawn on the CPU before a pixel is touched; drawing and applying are separate
 functions, so that the same generator replays the same distortion on any device.
@@ -23,13 +23,13 @@ NUMBERS = 12  # random numbers of a crop
 
 @dataclass(frozen=True)
 class PhotometricDistortion:
-    """The published photometric step: colour jitter, greyscale, Gaussian blur, drawn per sample.
+    """The published photometric step: color jitter, grayscale, Gaussian blur, drawn per sample.
 
     Brightness, contrast, saturation and hue are changed in a random order, together with
     probability ``jitter_probability``. The default strengths, (0.8, 0.8, 0.8, 0.2) with probability
     0.8, are those of the authors' program. Brightness multiplies the pixels by a factor, contrast
-    blends them with the mean grey of the crop, saturation with the grey of each pixel, each factor
-    uniform in [1 - strength, 1 + strength]; hue turns the colour circle by up to ``hue`` of a
+    blends them with the mean gray of the crop, saturation with the gray of each pixel, each factor
+    uniform in [1 - strength, 1 + strength]; hue turns the color circle by up to ``hue`` of a
     revolution. Each result is clamped to [0, 1]. The blur mirrors the crop at its borders.
 
     Args:
@@ -38,16 +38,16 @@ class PhotometricDistortion:
         saturation: See above.
         hue: Largest shift, in [0, 0.5].
         jitter_probability: Of the four changes together.
-        greyscale_probability: Of dropping the colour.
+        greyscale_probability: Of dropping the color.
         blur_probability: Of the blur.
         blur_sigma: Range of the blur's standard deviation in pixels, drawn uniformly.
         other_channels: What to do where there are not 3 channels: ``"error"``, or ``"skip"`` the
-            steps that need colours (saturation, hue, greyscale). Brightness, contrast, about the
+            steps that need colors (saturation, hue, grayscale). Brightness, contrast, about the
             mean of all channels, and blur then remain.
 
     Shape:
         A crop (C, H, W) or crops (B, C, H, W) in [0, 1], floating, give the same shape and dtype.
-        Without jitter and greyscale, both of probability 0, any C will do.
+        Without jitter and grayscale, both of probability 0, any C will do.
 
     Raises:
         TypeError: If a setting is no number or the crops are no floating tensor.
@@ -111,8 +111,8 @@ def random_numbers(*shape: int, generator: torch.Generator | None) -> Tensor:
 
 
 def check_channels(settings: PhotometricDistortion, name: str, channels: int) -> None:
-    """Refuse images without colours where colours are to be changed."""
-    if channels != 3 and changes_colours(settings) and settings.other_channels == "error":
+    """Refuse images without colors where colors are to be changed."""
+    if channels != 3 and changes_colors(settings) and settings.other_channels == "error":
         raise ValueError(
             f"{name} must have 3 channels for PhotometricDistortion to change their colours, got "
             f"{channels}: give CropGroup photometric=None, a callable of your own, or "
@@ -120,8 +120,8 @@ def check_channels(settings: PhotometricDistortion, name: str, channels: int) ->
         )
 
 
-def changes_colours(settings: PhotometricDistortion) -> bool:
-    """Tell whether any crop may have its colours changed."""
+def changes_colors(settings: PhotometricDistortion) -> bool:
+    """Tell whether any crop may have its colors changed."""
     return bool(settings.jitter_probability or settings.greyscale_probability)
 
 
@@ -131,26 +131,26 @@ def draw(settings: PhotometricDistortion, uniform: Tensor, channels: int) -> Ten
     order = uniform[..., 1:4].argsort(-1)
     hue_turn = (4 * uniform[..., 4:5]).floor()  # the hue comes first, second, third or last
     spread = 2 * uniform[..., 5:9] - 1
-    in_colour = channels == 3
+    in_color = channels == 3
     factors = torch.stack(
         [
             1 + settings.brightness * spread[..., 0],
             1 + settings.contrast * spread[..., 1],
-            1 + settings.saturation * in_colour * spread[..., 2],
+            1 + settings.saturation * in_color * spread[..., 2],
         ],
         dim=-1,
     ).where(jittered, 1)
-    shift = (settings.hue * in_colour * spread[..., 3:]).where(jittered, 0)
-    grey = 1 - ((uniform[..., 9:10] < settings.greyscale_probability) & in_colour).to(shift)
+    shift = (settings.hue * in_color * spread[..., 3:]).where(jittered, 0)
+    gray = 1 - ((uniform[..., 9:10] < settings.greyscale_probability) & in_color).to(shift)
     least, most = settings.blur_sigma
     sigma = least + (most - least) * uniform[..., 11:]
     sigma = sigma.where(uniform[..., 10:11] < settings.blur_probability, 0)
     before = (torch.arange(3, device="cpu") < hue_turn).to(shift)
     kinds = order.to(shift)
-    return torch.cat([kinds, factors.gather(-1, order), before, shift, grey, sigma], dim=-1)
+    return torch.cat([kinds, factors.gather(-1, order), before, shift, gray, sigma], dim=-1)
 
 
 def distort(settings: PhotometricDistortion, crops: Tensor, parameters: Tensor) -> Tensor:
     """Apply the step to crops (B, C, H, W), float32 or float64, of any device."""
     reach = color_ops.blur_radius(settings.blur_sigma[1]) if settings.blur_probability else 0
-    return color_ops.distort(crops, parameters, colours=changes_colours(settings), blur=reach)
+    return color_ops.distort(crops, parameters, colors=changes_colors(settings), blur=reach)

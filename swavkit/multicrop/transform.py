@@ -1,8 +1,7 @@
-"""Multi-crop: several random crops of an image at several resolutions, for any method.
+"""``MultiCropTransform``: random crops of an image at several resolutions.
 
-All random numbers of a sample are drawn at once, on the CPU, and become boxes and factors before a
-pixel is touched. So the same generator replays the same crops on any device, in a batch as one by
-one, and nothing reads a device.
+All random numbers of a sample are drawn at once, on the CPU. The same generator therefore gives the
+same crops on any device and for any batching, and nothing reads a device.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)  # the published code has 0.228 in the firs
 
 
 class MultiCropTransform:
-    """Random resized crops at several resolutions, mirrored, distorted and normalised.
+    """Random resized crops at several resolutions, mirrored, distorted and normalized.
 
     Each crop is a box of random area, shape and place, resized to a square (bilinear, with
     antialiasing). Where ten boxes in a row do not fit into the image, the largest central one of a
@@ -196,7 +195,7 @@ class MultiCropTransform:
                 name = f"the image for crops[{index}]"
                 photometric.check_channels(group.photometric, name, images.channels)
         if images.first.is_floating_point() and on_cpu(images.first):
-            images.refuse_values_outside_0_1()  # they would turn white, or stay unnormalised
+            images.refuse_values_outside_0_1()  # they would turn white, or stay unnormalized
 
     def _draw(self, images: Images, generator: torch.Generator | None) -> Tensor:
         """Return the parameters (B, V, ...) of all crops on the CPU: boxes, photometric steps."""
@@ -214,7 +213,7 @@ class MultiCropTransform:
         return torch.cat([boxes, torch.cat(steps, dim=1)], dim=-1)
 
     def _one_by_one(self, images: Images, parameters: Tensor) -> list[Tensor]:
-        """Cut, distort and normalise crop by crop on the CPU, each while it is in the cache."""
+        """Cut, distort and normalize crop by crop on the CPU, each while it is in the cache."""
         most, dtype, returned = images.largest_value, images.working_dtype, images.returned_dtype
         channels, memory_format = images.channels, images.memory_format
         mean, std, unit = (self._statistic(v, images) for v in (self.mean, self.std, 1 / most))
@@ -250,7 +249,7 @@ class MultiCropTransform:
         return [crops.to(returned) for crops in results]
 
     def _together(self, images: Images, parameters: Tensor) -> list[Tensor]:
-        """Cut, distort and normalise a whole batch, crop by crop, on its device."""
+        """Cut, distort and normalize a whole batch, crop by crop, on its device."""
         mean, std = (self._statistic(value, images) for value in (self.mean, self.std))
         batch = images.batch()
         results = []

@@ -87,7 +87,7 @@ class SinkhornKnopp(nn.Module):
 
     @property
     def process_group(self) -> ProcessGroup | None:
-        """The processes that share the batch; the default group if ``None``."""
+        """The ranks that share the batch; the default group if ``None``."""
         return self._group.get()
 
     @process_group.setter
@@ -155,7 +155,7 @@ class SinkhornKnopp(nn.Module):
         self._agreement.require(record, group, like.device)
 
     def _participants(self) -> ProcessGroup | None:
-        """Return the processes that share the batch of a call now, or ``None``."""
+        """Return the ranks that share the batch of a call now, or ``None``."""
         now = self.synchronize == "always" or (self.synchronize and self.training)
         return participants(self.process_group, now)
 
