@@ -41,16 +41,20 @@ class Problem:
         """Relative to the largest entry, for the loss and both gradients."""
         return 1e-4
 
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return features, prototypes, and the features of a full queue, (2, L, 128)."""
-        shape = self.views, self.samples + self.queue, FEATURE_DIM
-        features, weight = clustered(*shape, prototypes=self.prototypes)
-        queued = F.normalize(features[:CODE_VIEWS, self.samples :], dim=-1)
-        return features[:, : self.samples].clone(), weight, queued if self.queue else None
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Return features (V, B, 128) and prototypes."""
+        return clustered(self.views, self.samples, FEATURE_DIM, prototypes=self.prototypes)
+
+    def queued(self) -> Tensor | None:
+        """Return the features of a full queue, (2, L, 128)."""
+        if not self.queue:
+            return None
+        features, _ = clustered(CODE_VIEWS, self.queue, FEATURE_DIM, prototypes=self.prototypes)
+        return F.normalize(features, dim=-1)
 
 
 def prepare(problem: Problem) -> Calls:
-    features, weight, queued = problem.inputs()
+    (features, weight), queued = problem.inputs(), problem.queued()
     features.requires_grad_()
     weight = nn.Parameter(weight)
 
@@ -94,7 +98,7 @@ def prepare(problem: Problem) -> Calls:
 
 
 def check_reference() -> None:
-    features, directions, _ = Problem(6, 5, views=3).inputs()
+    features, directions = Problem(6, 5, views=3).inputs()
     scores = F.normalize(features.double(), dim=-1) @ directions.double().T
     codes = [published_codes(view) for view in scores[:CODE_VIEWS]]
     loss = published_loss(scores, codes)
@@ -106,8 +110,8 @@ def errors(problem: Problem, calls: Calls) -> dict[str, float]:
     """Return the largest error of the loss and of its gradients, relative to the largest entry."""
     scores = problem.views * problem.samples * problem.prototypes
     dtype = torch.float64 if scores <= _MOST_SCORES_IN_FLOAT64 else torch.float32
-    features, weight, queued = problem.inputs()
-    features, weight = (values.to(dtype).requires_grad_() for values in (features, weight))
+    features, weight = (values.to(dtype).requires_grad_() for values in problem.inputs())
+    queued = problem.queued()
     queued = None if queued is None else queued.to(dtype)
     loss = published_step(features, weight, CODE_VIEWS, queued)
     expected = loss, *torch.autograd.grad(loss, [features, weight])
