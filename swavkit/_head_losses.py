@@ -62,22 +62,6 @@ class Batch(NamedTuple):
         with autocast_disabled(current.device):  # which does not join two half precisions
             return torch.cat([current, self.queue_mask.to(current.dtype)])
 
-    @torch.no_grad()
-    def part_of_mean(self, group: ProcessGroup | None) -> Tensor | None:
-        """Return the factor that makes the average of means over ranks the mean of all samples.
-
-        It is ``None`` on one rank, and 0 on a rank without samples.
-        """
-        if group is None:
-            return None
-        weight = self.sample_weight
-        if weight is None:
-            weight = self.features.new_ones(self.features.shape[1])
-        own = weight.sum(dtype=at_least_float32(self.features.dtype))
-        total = sum_over_ranks(own.clone(), group)
-        _, size = rank_and_size(group)
-        return own * size / torch.where(total == 0, 1, total)
-
 
 class SwAVDetails(NamedTuple):
     """Intermediate results of :class:`SwAVLoss`, without gradient.
@@ -124,6 +108,23 @@ def head_losses(
         return _parts_called(batch, heads, sinkhorn, loss)
     assert isinstance(sinkhorn, SinkhornKnopp)
     return _fused(batch, heads, sinkhorn, loss, _BYTES_OF_KEPT_KERNELS if memory == "auto" else 0)
+
+
+@torch.no_grad()
+def part_of_mean(batch: Batch, group: ProcessGroup | None) -> Tensor | None:
+    """Return the factor that makes the average of means over ranks the mean of all samples.
+
+    It is ``None`` on one rank, and 0 on a rank without samples.
+    """
+    if group is None:
+        return None
+    weight = batch.sample_weight
+    if weight is None:
+        weight = batch.features.new_ones(batch.features.shape[1])
+    own = weight.sum(dtype=at_least_float32(batch.features.dtype))
+    total = sum_over_ranks(own.clone(), group)
+    _, size = rank_and_size(group)
+    return own * size / torch.where(total == 0, 1, total)
 
 
 def _is_small(batch: Batch, prototypes: int) -> bool:

@@ -22,7 +22,7 @@ float32; in half precision it would flush many entries to zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from typing import TYPE_CHECKING
 
@@ -35,16 +35,11 @@ from swavkit._tensors import (
     at_least_float32,
     autocast_disabled,
     empty,
-    on_cpu,
     scaled_sum,
     traceable,
 )
 
 __all__ = ["SwappedPredictionLoss", "swapped_prediction_loss"]
-
-# The scores that a CPU's caches keep from one operation to the next. An accelerator takes a whole
-# view at once, and so does torch.compile, which fuses the operations.
-_ENTRIES_OF_A_BLOCK = 2**20
 
 # The entries of a residual range from the sum of a sample's codes down to 1/K of it. With this
 # largest entry, 1/K of it is in the range of float16 for every K that fits in memory.
@@ -208,18 +203,12 @@ def _loss_and_factor(
     """
     with torch.no_grad(), autocast_disabled(scores[0].device):
         normalized_weight = normalized_weights(sample_weight, scores[0])
-        errors, scales = torch.empty_like(normalized_weight), torch.empty_like(normalized_weight)
         inverse_temperature = 1 / traceable(temperature, normalized_weight.device)
-        for rows in _blocks(scores[0]):
-            errors[rows], scales[rows] = errors_of_samples(
-                [view[rows] for view in scores],
-                [code[rows] for code in codes],
-                inverse_temperature,
-                None if sample_weight is None else sample_weight[rows],
-                None if residuals is None else [residual[rows] for residual in residuals],
-            )
+        errors, scale = errors_of_samples(
+            scores, codes, inverse_temperature, sample_weight, residuals
+        )
         pair_weight = normalized_weight / (len(codes) * (len(scores) - 1))
-        factor = pair_weight * -inverse_temperature / scales
+        factor = pair_weight * -inverse_temperature / scale
         return (pair_weight * errors).sum(), factor.unsqueeze(-1)
 
 
@@ -282,18 +271,6 @@ def errors_of_samples(
     if zero_weight_mask is not None:
         errors.masked_fill_(zero_weight_mask, 0)
     return errors, torch.ones_like(errors) if scale is None else scale
-
-
-def _blocks(scores: Tensor) -> Iterator[slice]:
-    """Yield the slices of the samples of ``scores`` (B, K) to process at a time."""
-    samples, prototypes = scores.shape
-    if not on_cpu(scores):
-        yield slice(None)
-        return
-    # Softmax distributes rows over threads.
-    rows = max(_ENTRIES_OF_A_BLOCK // prototypes, torch.get_num_threads())
-    for first in range(0, samples, rows):
-        yield slice(first, first + rows)
 
 
 def _check_pairing(scores: list[Tensor], codes: list[Tensor]) -> None:

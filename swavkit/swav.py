@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from swavkit import _checks
 from swavkit._activation_checkpointing import Recomputation, keeping_what_it_saves
-from swavkit._head_losses import Batch, SwAVDetails, head_losses
+from swavkit._head_losses import Batch, SwAVDetails, head_losses, part_of_mean
 from swavkit._own_state import OwnState
 from swavkit._tensors import autocast_disabled
 from swavkit.distributed.agreement import Agreement, checksum
@@ -271,7 +271,7 @@ class SwAVLoss(OwnState):
             self._agreement.require(self._record, group, views[0].device, advice=_ADVICE)
 
         batch = self._batch(features, views, sample_weight)
-        part_of_mean = batch.part_of_mean(group) if self.reduction == "global_mean" else None
+        mean_part = part_of_mean(batch, group) if self.reduction == "global_mean" else None
         parts = batch, heads, self.sinkhorn, self.loss
         if isinstance(heads[0], ShardedPrototypeLayer):
             results = sharded_head_losses(*parts, group, memory=self.memory, details=return_details)
@@ -279,8 +279,8 @@ class SwAVLoss(OwnState):
             results = head_losses(*parts, memory=self.memory, details=return_details)
         losses = [result.loss for result in results]
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-        if part_of_mean is not None:
-            loss = loss * part_of_mean
+        if mean_part is not None:
+            loss = loss * mean_part
 
         if self.training and not repeated:
             if self.queue is not None:

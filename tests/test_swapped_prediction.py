@@ -290,25 +290,6 @@ def test_a_second_derivative_is_refused() -> None:
         swapped_prediction_loss(scores, codes).backward(create_graph=True)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("code_views", [1, 2, 3])
-def test_blocks_of_rows_have_the_loss_and_the_gradient_of_the_whole(
-    monkeypatch: pytest.MonkeyPatch, code_views: int, weighted: bool
-) -> None:
-    problem = problem_of(4, code_views, samples=7)
-    weight = np.array([1, 0, 2, 0.5, 1, 3, 1]) if weighted else None
-    scores, codes = torch.tensor(problem.scores), torch.tensor(problem.codes)
-    if weighted:
-        scores[:, 1] = math.nan
-    settings = {"sample_weight": None if weight is None else torch.tensor(weight)}
-    whole = value_and_gradient(scores, codes, **settings)
-    for entries in (1, 10, 3 * problem.scores.shape[-1]):
-        monkeypatch.setattr(swapped_prediction, "_ENTRIES_OF_A_BLOCK", entries)
-        found = value_and_gradient(scores, codes, **settings)
-        torch.testing.assert_close(found, whole, rtol=0, atol=1e-12)
-    assert_same(found[0].item(), oracles.loss(problem.scores, problem.codes, 0.1, weight))
-
-
 @pytest.mark.parametrize("mass", [0.0, 1.0, 3.0])
 @ANY_DTYPE
 def test_the_error_of_some_samples_of_one_view_and_what_is_left_of_them(

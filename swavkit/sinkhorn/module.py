@@ -54,6 +54,7 @@ class SinkhornKnopp(nn.Module):
         ValueError: If a setting is out of range, or differs between ranks.
 
     Example:
+        >>> import torch
         >>> sinkhorn = SinkhornKnopp(epsilon=0.05, iterations=3)
         >>> sinkhorn(torch.eye(3))
         tensor([[1.0000e+00, 2.0612e-09, 2.0612e-09],
