@@ -1,4 +1,4 @@
-"""Multi-crop: the crops of an image, and their pass through a network."""
+"""Multi-crop augmentation and the forward pass of crops of several resolutions."""
 
 from swavkit.multicrop.crop_group import CropGroup
 from swavkit.multicrop.forward import multi_crop_forward

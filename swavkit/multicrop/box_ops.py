@@ -1,7 +1,7 @@
-"""Boxes of random resized crops, and cutting them out of images: one by one, or a whole batch.
+"""Random resized crops: sampling of boxes, and cropping of single images and of batches.
 
-A box is a row (top, left, height, width, mirrored) in pixels of the image. The random numbers come
-in from outside, so nothing here draws or reads a device.
+A box is a row (top, left, height, width, mirrored) in pixels of the image. The caller passes the
+random numbers. No function here draws any or synchronizes with a device.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from torch import Tensor
 
 from swavkit.multicrop.separable import filtered
 
-_TRIES = 10  # boxes that may miss the image before the largest central one is taken
-NUMBERS = 2 * _TRIES + 3  # random numbers of a box
-BOX = 5  # numbers of a box itself
+_TRIES = 10  # sampled boxes before the fallback to the largest central box
+NUMBERS = 2 * _TRIES + 3  # random numbers per box
+BOX = 5  # entries of a box
 
 
 def draw_boxes(
     uniform: Tensor, sizes: Tensor, scale: Tensor, ratio: Tensor, flip: Tensor
 ) -> Tensor:
-    """Return the boxes (B, V, 5) of V crops of each of B images.
+    """Return boxes (B, V, 5) for V crops of each of B images.
 
     Args:
-        uniform: (B, V, NUMBERS) numbers in [0, 1), float64.
-        sizes: (B, 2) height and width of each image.
-        scale: (V, 2) range of each crop's area as a fraction of the image's.
-        ratio: (V, 2) range of width over height.
+        uniform: (B, V, NUMBERS) random numbers in [0, 1), float64.
+        sizes: (B, 2) heights and widths of the images.
+        scale: (V, 2) range of the crop area as a fraction of the image area.
+        ratio: (V, 2) range of the aspect ratio, width over height.
         flip: (V,) probability of mirroring.
     """
     image_height, image_width = sizes.to(uniform.dtype).view(-1, 1, 2).unbind(2)  # (B, 1)
@@ -36,34 +36,34 @@ def draw_boxes(
     down, right, mirror = uniform[..., 2 * _TRIES :].unbind(-1)
     area = (image_height * image_width)[..., None] * _between(scale[:, :1], scale[:, 1:], areas)
     aspect = _between(ratio[:, :1].log(), ratio[:, 1:].log(), ratios).exp()
-    # The largest box of a permitted shape stands behind the tries as one that always fits.
+    # The fallback, the largest box of an allowed aspect ratio, follows the samples. It always fits.
     widest = torch.minimum(image_width, (image_height * ratio[:, 1]).round()).clamp(min=1)
-    highest = torch.minimum(image_height, (image_width / ratio[:, 0]).round()).clamp(min=1)
+    tallest = torch.minimum(image_height, (image_width / ratio[:, 0]).round()).clamp(min=1)
     width = torch.cat([(area * aspect).sqrt().round(), widest[..., None]], dim=-1)
-    height = torch.cat([(area / aspect).sqrt().round(), highest[..., None]], dim=-1)
+    height = torch.cat([(area / aspect).sqrt().round(), tallest[..., None]], dim=-1)
     fits = (width >= 1) & (width <= image_width[..., None])
     fits &= (height >= 1) & (height <= image_height[..., None])
-    chosen = fits.byte().argmax(dim=-1, keepdim=True)  # the first one that fits
+    chosen = fits.byte().argmax(dim=-1, keepdim=True)  # index of the first that fits
     width, height = width.gather(-1, chosen)[..., 0], height.gather(-1, chosen)[..., 0]
     central = chosen[..., 0] == _TRIES
     down, right = down.where(~central, 0.5), right.where(~central, 0.5)
-    # Every place is equally likely; a central box has 1/2 of the rest on either side, rounded down.
+    # Every position is equally likely. The fallback is centered, rounded toward the top left.
     top = (down * (image_height - height + (~central).to(down))).floor()
     left = (right * (image_width - width + (~central).to(right))).floor()
     return torch.stack([top, left, height, width, (mirror < flip).to(top)], dim=-1)
 
 
 def cut(image: Tensor, box: Sequence[float], size: int) -> Tensor:
-    """Return the pixels of a box, resized to (C, size, size); uint8 ones stay so, rounded.
+    """Return the pixels of a box, resized to (C, size, size); uint8 stays uint8, rounded.
 
     Args:
         image: (C, H, W) on the CPU.
-        box: Python numbers.
-        size: Of the crop.
+        box: One box, as Python numbers.
+        size: Height and width of the crop.
     """
     top, left, height, width, mirrored = map(int, box)
     pixels = image.narrow(1, top, height).narrow(2, left, width)
-    # In 8 bits torch mistakes the order of memory, or fails, where a length of 1 leaves it open.
+    # A length of 1 makes the memory format ambiguous: torch then fails on uint8 or misreads it.
     inexact = image.dtype == torch.uint8 and 1 in (height, width, size)
     source = (pixels.float() if inexact else pixels)[None]
     crop = F.interpolate(source, size=(size, size), mode="bilinear", antialias=True)[0]
@@ -73,10 +73,10 @@ def cut(image: Tensor, box: Sequence[float], size: int) -> Tensor:
 
 
 def cut_batch(batch: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Return the boxes (B, 5) of images (B, C, H, W), resized to (B, C, size, size).
+    """Return the pixels of boxes (B, 5) in images (B, C, H, W), resized to (B, C, size, size).
 
-    Resizing with antialiasing is linear and separable, and so is a mirror: each crop is
-    W_y · I · W_xᵀ with two matrices of its own, so any boxes are two batched products.
+    Antialiased resizing and mirroring are linear and separable. Each crop is W_y · I · W_xᵀ with
+    its own two matrices, so a batch of arbitrary boxes takes two batched products.
     """
     height, width = batch.shape[-2:]
     top, left, box_height, box_width, mirrored = boxes.to(batch.dtype).unbind(1)
@@ -90,16 +90,16 @@ def _between(low: Tensor, high: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _resizing(start: Tensor, length: Tensor, mirrored: Tensor, total: int, size: int) -> Tensor:
-    """Return the weights (B, size, total) of ``total`` pixels in each pixel of a crop.
+    """Return the resizing matrices (B, size, total) along one axis.
 
-    Row i is a triangle around the center of output pixel i, widened where pixels are merged.
+    Row i is a triangle filter around the center of output pixel i, widened for downsampling.
     """
-    inside = torch.arange(total, device=start.device, dtype=start.dtype) - start[:, None]
+    position = torch.arange(total, device=start.device, dtype=start.dtype) - start[:, None]
     target = torch.arange(size, device=start.device, dtype=start.dtype)
     target = torch.where(mirrored[:, None] > 0, size - 1 - target, target)
     step = (length / size)[:, None, None]
-    distance = (inside[:, None, :] + 0.5 - (target[:, :, None] + 0.5) * step).abs()
+    distance = (position[:, None, :] + 0.5 - (target[:, :, None] + 0.5) * step).abs()
     weights = (1 - distance / step.clamp(min=1)).clamp(min=0)
-    of_box = (inside >= 0) & (inside < length[:, None])
-    weights = weights * of_box[:, None, :]
+    in_box = (position >= 0) & (position < length[:, None])
+    weights = weights * in_box[:, None, :]
     return weights / weights.sum(dim=-1, keepdim=True)

@@ -1,20 +1,20 @@
-"""Color jitter, grayscale and blur of pixels: one crop in place, or a whole batch at once.
+"""Color jitter, grayscale and blur of one crop in place, or of a whole batch.
 
-Both take the same parameters, a row of ``PARAMETERS`` numbers for each crop:
+Both forms take the same ``PARAMETERS`` numbers per crop:
 
 ====  ====================================================================================
-0-2   which of brightness (0), contrast (1) and saturation (2) comes first, second and third
-3-5   the factor of each, 1 for none
-6-8   1 where it comes before the hue, else 0
-9     the shift of the hue in revolutions, 0 for none
-10    the factor of the grayscale: 0 for gray, 1 for none
-11    the standard deviation of the blur in pixels, 0 for none
+0-2   order of brightness (0), contrast (1) and saturation (2)
+3-5   factor of each, in this order; 1 for no change
+6-8   1 if the step precedes the hue shift, else 0
+9     hue shift in revolutions; 0 for none
+10    grayscale factor: 0 for gray, 1 for no change
+11    standard deviation of the blur in pixels; 0 for none
 ====  ====================================================================================
 
-Brightness, contrast and saturation are one formula: a blend of the crop with black, with its mean
-gray, or with the gray of each pixel. So is the grayscale. A batch, whose samples have the steps in
-different orders, therefore makes the three blends twice, before and after the hue, with factor 1
-where a sample has no step.
+Brightness, contrast, saturation and grayscale are blends of the crop with black, with its mean
+gray, or with the gray of each pixel. The samples of a batch have the steps in different orders. The
+batched form therefore runs the three blends before and again after the hue shift, with factor 1
+for a sample without that step.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ PARAMETERS = 12
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
 
 _LUMA = (0.2989, 0.587, 0.114)
-_BLUR_REACH = 5.0  # in standard deviations; what lies beyond weighs less than 1e-6
+_BLUR_RADIUS = 5.0  # kernel radius in standard deviations; truncates less than 1e-6
 
 
 def blur_radius(sigma: float) -> int:
-    """Return how far a blur reaches, in pixels."""
-    return max(1, math.ceil(_BLUR_REACH * sigma))
+    """Return the radius of the blur kernel in pixels."""
+    return max(1, math.ceil(_BLUR_RADIUS * sigma))
 
 
-# One crop (C, H, W), contiguous and on the CPU, in place; parameters are Python numbers.
+# In place, for one contiguous crop (C, H, W) on the CPU. Parameters are Python numbers.
 
 
 def distort_(crop: Tensor, parameters: Sequence[float]) -> None:
-    """Apply the photometric step to one crop."""
+    """Distort one crop in place."""
     shift, gray, sigma = parameters[9:]
     steps = list(zip(parameters[:3], parameters[3:6], parameters[6:9], strict=True))
     for kind, factor, before in steps:
         if before and factor != 1:
             _blend_(crop, int(kind), factor)
     if shift:
-        _turn_hue_(crop, shift)
+        _shift_hue_(crop, shift)
     for kind, factor, before in steps:
         if not before and factor != 1:
             _blend_(crop, int(kind), factor)
@@ -76,17 +76,17 @@ def _blend_(crop: Tensor, kind: int, factor: float) -> None:
     crop.clamp_(0, 1)
 
 
-def _turn_hue_(crop: Tensor, shift: float) -> None:
-    """Turn the hue; see ``_turn_hue``, of which this is the fastest form on a CPU.
+def _shift_hue_(crop: Tensor, shift: float) -> None:
+    """Shift the hue in place; an equivalent of ``_shift_hue`` that is faster on a CPU.
 
-    Memory is used again, and a lerp by 0 or 1 selects: three times as fast as a mask does.
+    It reuses buffers and selects by ``lerp`` with weights 0 and 1, three times as fast as a mask.
     """
     red, green, blue = crop.unbind(0)
     value, least = crop.amax(0), crop.amin(0)
     chroma = value - least
     not_red, not_green = (value - red).sign_(), value.sub_(green).sign_()
-    divisor = chroma.mul(6).clamp_(min=torch.finfo(crop.dtype).tiny)  # gray has no hue; any will do
-    turns = (red - green).div_(divisor).add_(2 / 3)  # where blue is the largest
+    divisor = chroma.mul(6).clamp_(min=torch.finfo(crop.dtype).tiny)  # avoids 0 / 0 for gray
+    turns = (red - green).div_(divisor).add_(2 / 3)  # if blue is the largest
     other = (blue - red).div_(divisor).add_(1 / 3).lerp_(turns, not_green)
     turns = torch.sub(green, blue, out=turns).div_(divisor).lerp_(other, not_red)
     turns.add_(1 + shift).frac_()
@@ -97,24 +97,24 @@ def _turn_hue_(crop: Tensor, shift: float) -> None:
 
 @functools.cache
 def _hue_shares(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return where the hue of each channel lies, how its share falls from there, and from what."""
+    """Return center, slope and offset of each channel's share of the chroma, a function of hue."""
     rows = (1 / 2, 1 / 3, 2 / 3), (6, -6, -6), (-1, 2, 2)
     centers, slopes, offsets = torch.tensor(rows, dtype=dtype, device="cpu").view(3, 3, 1, 1)
     return centers, slopes, offsets
 
 
 def _blur_(crop: Tensor, sigma: float) -> None:
-    """Blur along columns and rows, as sums of shifted copies of the padded crop."""
+    """Blur each axis in place by summing shifted copies of the padded crop."""
     radius = blur_radius(sigma)
     channels, height, width = crop.shape
-    if radius >= min(height, width):  # torch cannot mirror that much
+    if radius >= min(height, width):  # F.pad cannot reflect that far
         crop.copy_(_blur(crop[None], crop.new_tensor([sigma]), radius)[0])
         return
     padded = F.pad(crop, (radius,) * 4, mode="reflect")
     strides = padded.stride()
     weights = [math.exp(-0.5 * (x / sigma) ** 2) for x in range(-radius, radius + 1)]
     kernel = [weight / sum(weights) for weight in weights]
-    # On the flat memory: what runs over from one row into the next lies outside the result.
+    # On flat memory: values that wrap into the next row lie outside the result.
     flat = padded.flatten()
     for stride in strides[1:]:
         shifted = flat.unfold(0, len(flat) - 2 * radius * stride, stride).unbind(0)
@@ -124,28 +124,28 @@ def _blur_(crop: Tensor, sigma: float) -> None:
     crop.copy_(flat.as_strided((channels, height, width), strides))
 
 
-# A batch (B, C, H, W) on any device, differentiable; parameters are (B, PARAMETERS) there.
+# Differentiable, for a batch (B, C, H, W) and parameters (B, PARAMETERS) on any device.
 
 
 def distort(crops: Tensor, parameters: Tensor, *, colors: bool, blur: int) -> Tensor:
-    """Apply the photometric step to each crop of a batch.
+    """Distort each crop of a batch.
 
     Args:
         crops: (B, C, H, W).
         parameters: (B, PARAMETERS) in the dtype and on the device of the crops.
-        colors: Whether any crop may have its colors changed.
-        blur: Radius of the widest blur that any crop may have, 0 for none.
+        colors: Whether to change colors; if False, the color parameters are ignored.
+        blur: Largest blur radius in the batch; 0 for no blur.
     """
     if colors:
         column = parameters[..., None, None, None]  # (B, PARAMETERS, 1, 1, 1)
         kinds, factors, before = column[:, :3], column[:, 3:6], column[:, 6:9] > 0
-        for turn in range(3):
-            crops = _blend(crops, kinds[:, turn], factors[:, turn].where(before[:, turn], 1))
+        for step in range(3):
+            crops = _blend(crops, kinds[:, step], factors[:, step].where(before[:, step], 1))
         if crops.shape[1] == 3:
             shift = column[:, 9]
-            crops = _turn_hue(crops, shift).where(shift != 0, crops)
-        for turn in range(3):
-            crops = _blend(crops, kinds[:, turn], factors[:, turn].where(~before[:, turn], 1))
+            crops = _shift_hue(crops, shift).where(shift != 0, crops)
+        for step in range(3):
+            crops = _blend(crops, kinds[:, step], factors[:, step].where(~before[:, step], 1))
         crops = _blend(crops, torch.full_like(column[:, 10], SATURATION), column[:, 10])
     if blur:
         crops = _blur(crops, parameters[:, 11], blur)
@@ -160,22 +160,22 @@ def _blend(crops: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
 
 
 def _gray(crops: Tensor) -> Tensor:
-    # With Python numbers: a tensor of them would have to be copied to the device.
+    # Python numbers, because a tensor of weights would have to be copied to the device.
     planes = zip(_luma(crops.shape[1]), crops.unbind(1), strict=True)
     return torch.stack([weight * plane for weight, plane in planes], dim=1).sum(1, keepdim=True)
 
 
 def _luma(channels: int) -> tuple[float, ...]:
-    """Return the share of each channel in the gray of a pixel; without colors, equal ones."""
+    """Return the weight of each channel in gray; equal weights unless there are 3 channels."""
     return _LUMA if channels == 3 else (1 / channels,) * channels
 
 
-def _turn_hue(crops: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of HSV by ``shift`` revolutions; the largest and smallest channel stay."""
+def _shift_hue(crops: Tensor, shift: Tensor) -> Tensor:
+    """Shift the HSV hue by ``shift`` revolutions, keeping value and chroma."""
     red, green, blue = crops.unbind(1)
     value, least = crops.amax(1), crops.amin(1)
     chroma = value - least
-    divisor = chroma.where(chroma > 0, 1)  # gray has no hue; any will do
+    divisor = chroma.where(chroma > 0, 1)  # avoids 0 / 0 for gray
     sixths = torch.where(
         value == red,
         (green - blue) / divisor,
@@ -187,20 +187,20 @@ def _turn_hue(crops: Tensor, shift: Tensor) -> Tensor:
 
 
 def _blur(crops: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Blur along rows and columns: M X Mᵀ, where M holds the kernel and the mirrored borders."""
+    """Blur each axis: M X Mᵀ, with convolution matrices M of mirrored borders."""
     kernel = _kernel(sigma, radius)
     rows, columns = (_mirrored(kernel, length) for length in crops.shape[2:])
     return filtered(crops, rows, columns)
 
 
 def _kernel(sigma: Tensor, radius: int) -> Tensor:
-    """Return the weights (B, 2 radius + 1) of Gaussian blurs; those of 0 leave all as it is."""
+    """Return Gaussian kernels (B, 2 radius + 1); ``sigma`` 0 gives the identity."""
     offsets = torch.arange(-radius, radius + 1, device=sigma.device, dtype=sigma.dtype)
     return (-0.5 * (offsets / sigma.clamp(min=1e-3)[:, None]) ** 2).softmax(-1)
 
 
 def _mirrored(kernel: Tensor, length: int) -> Tensor:
-    """Return the matrices (B, length, length) of a convolution with mirrored borders."""
+    """Return the matrices (B, length, length) of convolutions with mirrored borders."""
     radius = kernel.shape[1] // 2
     period = max(1, 2 * (length - 1))
     offsets = torch.arange(-radius, radius + 1, device=kernel.device)

@@ -1,4 +1,4 @@
-"""``CropGroup``: the crops of one resolution, and checks of a sequence of groups."""
+"""``CropGroup``, the settings of the crops of one resolution, and validation of groups."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ __all__ = ["CropGroup"]
 
 @dataclass(frozen=True)
 class CropGroup:
-    """One resolution of a multi-crop: how many crops, how large a part of the image each shows.
+    """Settings of the crops of one resolution.
 
     Args:
         size: Height and width of the crops in pixels, at least 1.
-        count: Number of crops; 0 leaves the group out.
-        scale: Range of a crop's area as a fraction of the image's, 0 < low <= high <= 1, drawn
-            uniformly.
-        ratio: Range of a crop's width over its height before it is made square, 0 < low <= high,
-            drawn log-uniformly.
-        flip: Probability of mirroring left and right.
-        photometric: A :class:`PhotometricDistortion`, any callable, or None. A callable is given
-            a crop (C, size, size) where the transform was given an image, the stacked crops (B, C,
-            size, size) where it was given a batch, in [0, 1] and float32 (float64 for float64
-            images), and returns the same shape. Its random numbers are its own.
+        count: Number of crops; 0 disables the group.
+        scale: Range of the crop area as a fraction of the image area, 0 < low <= high <= 1;
+            sampled uniformly.
+        ratio: Range of the aspect ratio, width over height, before resizing to a square,
+            0 < low <= high; sampled log-uniformly.
+        flip: Probability of a horizontal flip.
+        photometric: A :class:`PhotometricDistortion`, any callable, or None. A callable receives
+            a crop (C, size, size) of an image, or the stacked crops (B, C, size, size) of a batch,
+            in [0, 1] and float32 (float64 for float64 images). It must return the same shape and
+            draws its own random numbers.
 
     Raises:
-        TypeError: If a setting is of a wrong kind.
+        TypeError: If a setting has the wrong type.
         ValueError: If a setting is out of range.
 
     Example:
@@ -51,7 +51,7 @@ class CropGroup:
     photometric: Callable[[Tensor], Tensor] | None = PhotometricDistortion()
 
     def __post_init__(self) -> None:
-        group = f"CropGroup({self.size}, {self.count}): "  # which one, where there are several
+        group = f"CropGroup({self.size}, {self.count}): "  # prefix of the messages, names the group
         _checks.positive_int(f"{group}size", self.size)
         _checks.non_negative_int(f"{group}count", self.count)
         scale = _checks.positive_range(f"{group}scale", self.scale, most=1)
@@ -67,7 +67,7 @@ class CropGroup:
 
 
 def checked_groups(crops: Any, smaller_first: bool) -> tuple[CropGroup, ...]:
-    """Return ``crops`` if they are groups that make crops, the first of them the largest."""
+    """Validate the groups, including that the first one in use has the largest size."""
     if not isinstance(crops, (list, tuple)):
         raise TypeError(f"crops must be a sequence of CropGroup, got {type(crops).__name__}")
     if not crops:

@@ -1,4 +1,4 @@
-"""``multi_crop_forward``: crops of several resolutions through a network."""
+"""``multi_crop_forward``: the forward pass of crops of several resolutions."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ __all__ = ["multi_crop_forward"]
 def multi_crop_forward(
     network: Callable[[Tensor], Any], crops: Sequence[Tensor], *, key: int | str | None = None
 ) -> Tensor:
-    """Run ``network`` once per resolution and return the features in the order of the crops.
+    """Run ``network`` once per resolution and return the features in the order of ``crops``.
 
-    Crops of one resolution go through the network together, in the order of their first appearance,
-    so batch statistics are taken per resolution.
+    Crops of one resolution are concatenated, so batch statistics are computed per resolution.
+    Resolutions run in the order of their first appearance.
 
-    Under ``DistributedDataParallel``, call this function inside the wrapped module, as in the
-    example. If the network alone is wrapped and has BatchNorm, wrap it with
-    ``broadcast_buffers=False``: otherwise, up to PyTorch 2.11, the wrapper overwrites the buffers
-    between the passes of two resolutions, and the backward pass fails.
+    With ``DistributedDataParallel``, call this function inside the wrapped module, as in the
+    example. If only the network is wrapped and it has BatchNorm, pass ``broadcast_buffers=False``.
+    Otherwise, up to PyTorch 2.11, the wrapper overwrites the buffers between two resolutions, and
+    the backward pass fails.
 
     Args:
-        network: Takes (N, C, H, W) crops, returns (N, D) features, with the same D for all.
+        network: Maps (N, C, H, W) crops to (N, D) features, with the same D for all resolutions.
         crops: V tensors (B, C, H, W), resolutions in any order.
-        key: Where the features are in what the network returns, for one that returns more: an index
-            into a tuple or list, a key of a dictionary, or the name of an attribute.
+        key: Location of the features in a structured output: the index into a tuple or list, the
+            key of a dictionary or the name of an attribute.
 
     Returns:
         (V, B, D) features.
 
     Raises:
-        TypeError: If the crops or what the network returns are no floating tensors.
-        ValueError: If there is no crop, the crops differ in B or C, or the network returns another
-            shape, or nothing under ``key``.
+        TypeError: If a crop or the network's features are not a floating-point tensor.
+        ValueError: If there is no crop, the crops differ in B or C, the features have another
+            shape, or the output holds nothing under ``key``.
 
     Example:
         >>> network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
@@ -79,9 +79,9 @@ def multi_crop_forward(
     features: dict[int, Tensor] = {}
     for (height, width), members in positions.items():
         name = f"the output of network for crops of {height}x{width}"
-        with autocast_disabled(crops[0].device):  # which joins no tensors of another half precision
+        with autocast_disabled(crops[0].device):  # autocast rejects the other half dtype
             together = torch.cat([crops[index] for index in members])
-        output = _under(key, name, network(together))
+        output = _entry(key, name, network(together))
         _checks.floating_tensor(name, output)
         if output.dim() != 2 or len(output) != len(members) * len(crops[0]):
             raise ValueError(
@@ -99,8 +99,8 @@ def multi_crop_forward(
         return torch.stack([features[index] for index in range(len(crops))])
 
 
-def _under(key: int | str | None, name: str, output: Any) -> Any:
-    """Return what is under ``key`` in what a network returned."""
+def _entry(key: int | str | None, name: str, output: Any) -> Any:
+    """Return the entry of ``output`` under ``key``."""
     if key is None:
         if isinstance(output, (tuple, list, Mapping)):
             raise TypeError(

@@ -1,4 +1,4 @@
-"""Input images, checked and converted to tensors."""
+"""Validation of input images and their conversion to tensors."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 
 from swavkit._tensors import at_least_float32, autocast_disabled, one_by_one
 
-_MANY, _SMALL = 16, 48**2  # images, pixels of each: from where on a CPU is faster with batches
-_SLACK = 1e-3  # beyond [0, 1], for the rounding of bfloat16 pixels
-_GRAYSCALE = ("1", "L", "LA")  # modes of PIL images, beside those of more than 8 bits
-_WHITE_16_BIT = 65535  # of modes I;16 and I, as which PIL opens 16-bit files
-_ORIENTATION = 0x0112  # in EXIF
+_MANY, _SMALL = 16, 48**2  # batching is faster on a CPU from 16 images, up to 48² pixels
+_SLACK = 1e-3  # tolerance around [0, 1] for rounded bfloat16 pixels
+_GRAYSCALE = ("1", "L", "LA")  # PIL modes, besides those of more than 8 bits
+_WHITE_16_BIT = 65535  # PIL opens 16-bit files in modes I;16 and I
+_ORIENTATION = 0x0112  # EXIF tag
 
 
 @runtime_checkable
 class PILImage(Protocol):
-    """The parts of PIL's image class in use here, so that PIL need not be imported."""
+    """The interface of a PIL image used here, which avoids importing PIL."""
 
     @property
     def mode(self) -> str: ...
@@ -39,11 +39,11 @@ class PILImage(Protocol):
 
 @dataclass(frozen=True)
 class Images:
-    """Images of one number of channels and dtype, on one device.
+    """Images with a common dtype, device and number of channels.
 
     Attributes:
-        samples: (B, C, H, W), or a list of (C, H, W) of any heights and widths.
-        single: Whether one image was given, not a batch.
+        samples: A (B, C, H, W) tensor, or a list of (C, H, W) tensors of any sizes.
+        single: Whether the input was one image; then B is 1.
     """
 
     samples: Tensor | list[Tensor]
@@ -51,7 +51,7 @@ class Images:
 
     @property
     def first(self) -> Tensor:
-        """A tensor with the dtype, device and channels of all."""
+        """A tensor with the common dtype, device and number of channels."""
         return self.samples if isinstance(self.samples, Tensor) else self.samples[0]
 
     @property
@@ -61,12 +61,12 @@ class Images:
 
     @property
     def one_by_one(self) -> bool:
-        """Whether the images may be worked on one after the other."""
+        """Whether the images can be processed one at a time."""
         samples = [self.samples] if isinstance(self.samples, Tensor) else self.samples
         return all(one_by_one(sample) for sample in samples)
 
     def many_small(self, largest_crop: int) -> bool:
-        """Tell whether starting operations on one image after the other is what would cost most."""
+        """Return whether the overhead of operations per image would dominate on a CPU."""
         if not isinstance(self.samples, Tensor) or len(self.samples) < _MANY:
             return False
         return max(self.samples.shape[-2] * self.samples.shape[-1], largest_crop**2) <= _SMALL
@@ -78,7 +78,7 @@ class Images:
 
     @property
     def working_dtype(self) -> torch.dtype:
-        """The dtype in which pixels are worked on."""
+        """The dtype of the computation."""
         return at_least_float32(self.returned_dtype)
 
     @property
@@ -88,7 +88,7 @@ class Images:
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """The order of the batch's channels in memory, which its crops keep."""
+        """The memory format of the batch, which the crops keep."""
         batch = self.samples
         if self.single or not isinstance(batch, Tensor) or batch.is_contiguous():
             return torch.contiguous_format
@@ -96,21 +96,21 @@ class Images:
         return torch.channels_last if last else torch.contiguous_format
 
     def sizes(self) -> Tensor:
-        """Return the heights and widths, (B, 2), on the CPU."""
+        """Return the heights and widths (B, 2) on the CPU."""
         if isinstance(self.samples, Tensor):
             size = torch.tensor(self.samples.shape[-2:], device="cpu")
             return size.expand(len(self.samples), 2)
         return torch.tensor([sample.shape[-2:] for sample in self.samples], device="cpu")
 
     def batch(self) -> Tensor:
-        """Return (B, C, H, W) in [0, 1]; below and right of smaller images there are zeros."""
+        """Return (B, C, H, W) in [0, 1], with smaller images zero-padded bottom and right."""
         if isinstance(self.samples, Tensor):
             batch = self.samples
         else:
             height = max(sample.shape[1] for sample in self.samples)
             width = max(sample.shape[2] for sample in self.samples)
             margins = [(width - one.shape[2], height - one.shape[1]) for one in self.samples]
-            with autocast_disabled(self.first.device):  # which stacks no images of another half
+            with autocast_disabled(self.first.device):  # autocast rejects the other half dtype
                 batch = torch.stack(
                     [
                         F.pad(sample, (0, right, 0, below))
@@ -120,14 +120,14 @@ class Images:
         return batch.to(self.working_dtype) / self.largest_value
 
     def refuse_values_outside_0_1(self) -> None:
-        """Raise an error for what cannot be pixels; looks at the values, so for a CPU only."""
+        """Raise an error for values outside [0, 1]. Reads the values, so call it on a CPU only."""
         for index, sample in enumerate(self.samples):
             name = "image" if self.single else f"image[{index}]"
             _refuse_values_outside_0_1(f"{name} must be uint8 or lie in [0, 1]", sample)
 
 
 def load(image: Any, channels: int | None) -> Images:
-    """Return what the user gave; ``channels`` are those of the statistics, None for any."""
+    """Validate and convert the input, with ``channels`` channels or, if None, any number."""
     if isinstance(image, (list, tuple)):
         if not image:
             raise ValueError("image must hold at least one image, got an empty list")
@@ -146,7 +146,7 @@ def load(image: Any, channels: int | None) -> Images:
 def _pixels(
     name: str, image: Any, channels: int | None, dimensions: tuple[int, ...], shape: str
 ) -> Tensor:
-    """Return one image or batch as a tensor, uint8 or floating."""
+    """Return one image or batch as a uint8 or floating-point tensor."""
     if not isinstance(image, Tensor) and isinstance(image, PILImage):
         image = _pil_pixels(name, image, channels)
     if not isinstance(image, Tensor):
@@ -166,15 +166,15 @@ def _pixels(
 
 
 def _pil_pixels(name: str, image: PILImage, channels: int | None) -> Tensor:
-    """Return the (C, H, W) pixels of a PIL image, uint8 or, of modes I and F, in [0, 1]."""
+    """Return a PIL image as (C, H, W): float32 in [0, 1] for modes I and F, else uint8."""
     wide = image.mode.startswith(("I", "F"))
     grayscale = channels != 3 and (wide or image.mode in _GRAYSCALE)
     try:
         image.load()
-        # Copies, of which the tensor may be the only owner.
+        # np.array copies: the tensor must own its memory.
         pixels = np.array(image) if wide else _eight_bit_pixels(image, grayscale)
         orientation = image.getexif().get(_ORIENTATION)
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for a corrupt file
+    except (OSError, SyntaxError, ValueError) as error:  # PIL's errors for corrupt files
         raise ValueError(f"{name} must be a readable PIL image, got one where {error}") from error
     upright = np.ascontiguousarray(_upright(np.atleast_3d(pixels), orientation))
     if not wide:
@@ -190,7 +190,7 @@ def _pil_pixels(name: str, image: PILImage, channels: int | None) -> Tensor:
 
 
 def _eight_bit_pixels(image: PILImage, grayscale: bool) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Return (H, W) or (H, W, C) pixels; what is transparent lies on white."""
+    """Return (H, W) or (H, W, C) pixels, with transparency composited on white."""
     transparent = image.mode[-1] in "Aa" or image.mode == "P" or "transparency" in image.info
     mode = ("L" if grayscale else "RGB") + "A" * transparent
     pixels = np.array(image if image.mode == mode else image.convert(mode))
@@ -201,7 +201,7 @@ def _eight_bit_pixels(image: PILImage, grayscale: bool) -> np.ndarray[Any, np.dt
 
 
 def _upright(pixels: np.ndarray[Any, Any], orientation: Any) -> np.ndarray[Any, Any]:
-    """Turn and mirror (H, W, C) pixels as EXIF says; None and unknown numbers are upright."""
+    """Apply an EXIF orientation to (H, W, C) pixels; None and unknown values change nothing."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -212,7 +212,7 @@ def _upright(pixels: np.ndarray[Any, Any], orientation: Any) -> np.ndarray[Any, 
 
 
 def _refuse_values_outside_0_1(expected: str, pixels: Tensor, white: int = 1) -> None:
-    """Raise an error that begins with ``expected``; NaN is no value."""
+    """Raise an error that begins with ``expected`` for values outside [0, 1]; NaN is ignored."""
     if not pixels.numel():
         return
     pixels = pixels.detach()
@@ -220,7 +220,7 @@ def _refuse_values_outside_0_1(expected: str, pixels: Tensor, white: int = 1) ->
     if math.isnan(low):
         known = pixels.nan_to_num(0.5, math.inf, -math.inf)
         low, high = (float(limit) for limit in known.aminmax())
-    slack = _SLACK if white == 1 else 0  # whole numbers are not rounded
+    slack = _SLACK if white == 1 else 0  # integers are exact
     if not -slack <= low <= high <= 1 + slack:
         raise ValueError(f"{expected}, got values from {low * white:g} to {high * white:g}")
 

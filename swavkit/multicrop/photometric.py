@@ -1,7 +1,7 @@
-"""The published photometric step: color jitter, grayscale and blur, drawn per sample.
+"""``PhotometricDistortion``: the published color jitter, grayscale and blur, drawn per sample.
 
-The random numbers are drawn on the CPU before a pixel is touched; drawing and applying are separate
-functions, so that the same generator replays the same distortion on any device.
+Drawing the parameters and applying them are separate functions. All random numbers are drawn on the
+CPU, so a generator in the same state gives the same distortion on any device.
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ from swavkit.multicrop import color_ops
 
 __all__ = ["PhotometricDistortion"]
 
-NUMBERS = 12  # random numbers of a crop
+NUMBERS = 12  # random numbers per crop
 
 
 @dataclass(frozen=True)
 class PhotometricDistortion:
-    """The published photometric step: color jitter, grayscale, Gaussian blur, drawn per sample.
+    """The published color jitter, grayscale and Gaussian blur, drawn per sample.
 
-    Brightness, contrast, saturation and hue are changed in a random order, together with
-    probability ``jitter_probability``. The default strengths, (0.8, 0.8, 0.8, 0.2) with probability
-    0.8, are those of the authors' program. Brightness multiplies the pixels by a factor, contrast
-    blends them with the mean gray of the crop, saturation with the gray of each pixel, each factor
-    uniform in [1 - strength, 1 + strength]; hue turns the color circle by up to ``hue`` of a
-    revolution. Each result is clamped to [0, 1]. The blur mirrors the crop at its borders.
+    The jitter changes brightness, contrast, saturation and hue in random order, all four with
+    probability ``jitter_probability`` or none. The default strengths, (0.8, 0.8, 0.8, 0.2) with
+    probability 0.8, are those of the authors' code. Brightness multiplies the pixels by a factor,
+    contrast blends them with the mean gray of the crop, saturation with the gray of each pixel.
+    Each factor is uniform in [1 - strength, 1 + strength]. Hue is shifted by up to ``hue``
+    revolutions. Each result is clamped to [0, 1]. The blur mirrors the crop at its borders.
 
     Args:
-        brightness: Strength in [0, 1], as the next two.
-        contrast: See above.
-        saturation: See above.
-        hue: Largest shift, in [0, 0.5].
-        jitter_probability: Of the four changes together.
-        greyscale_probability: Of dropping the color.
-        blur_probability: Of the blur.
-        blur_sigma: Range of the blur's standard deviation in pixels, drawn uniformly.
-        other_channels: What to do where there are not 3 channels: ``"error"``, or ``"skip"`` the
-            steps that need colors (saturation, hue, grayscale). Brightness, contrast, about the
-            mean of all channels, and blur then remain.
+        brightness: Strength in [0, 1].
+        contrast: Strength in [0, 1].
+        saturation: Strength in [0, 1].
+        hue: Largest shift in revolutions, in [0, 0.5].
+        jitter_probability: Probability of the color jitter.
+        greyscale_probability: Probability of conversion to grayscale.
+        blur_probability: Probability of the blur.
+        blur_sigma: Range of the blur's standard deviation in pixels; sampled uniformly.
+        other_channels: Behavior for images without 3 channels. ``"error"`` raises an error.
+            ``"skip"`` omits saturation, hue and grayscale; contrast uses the mean of all channels.
 
     Shape:
-        A crop (C, H, W) or crops (B, C, H, W) in [0, 1], floating, give the same shape and dtype.
-        Without jitter and grayscale, both of probability 0, any C will do.
+        Floating-point crops (C, H, W) or (B, C, H, W) in [0, 1] give the same shape and dtype. C
+        must be 3, unless ``other_channels`` is ``"skip"`` or jitter and grayscale both have
+        probability 0.
 
     Raises:
-        TypeError: If a setting is no number or the crops are no floating tensor.
-        ValueError: If a setting is out of range or the crops have a wrong shape.
+        TypeError: If a setting is not a number or the crops are not a floating-point tensor.
+        ValueError: If a setting is out of range or the crops have the wrong shape.
 
     Example:
         >>> distort = PhotometricDistortion(blur_probability=0.0)
@@ -84,7 +84,7 @@ class PhotometricDistortion:
         _checks.choice("other_channels", self.other_channels, ("error", "skip"))
 
     def __call__(self, crops: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Return the distorted ``crops``; ``generator`` is a CPU generator, default torch's own."""
+        """Return distorted crops. ``generator`` is on the CPU; None is torch's global generator."""
         _checks.floating_tensor("crops", crops)
         if crops.dim() not in (3, 4):
             raise ValueError(
@@ -104,14 +104,14 @@ class PhotometricDistortion:
 
 
 def random_numbers(*shape: int, generator: torch.Generator | None) -> Tensor:
-    """Draw numbers uniform in [0, 1) on the CPU; None is torch's global generator."""
-    if generator is None:  # then unnamed, for torch compiles no generator=None of any batch size
+    """Draw uniform numbers in [0, 1) on the CPU; None is torch's global generator."""
+    if generator is None:  # torch.compile rejects generator=None for dynamic batch sizes
         return torch.rand(shape, dtype=torch.float64, device="cpu")
     return torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def check_channels(settings: PhotometricDistortion, name: str, channels: int) -> None:
-    """Refuse images without colors where colors are to be changed."""
+    """Raise an error if the settings change colors but the images do not have 3 channels."""
     if channels != 3 and changes_colors(settings) and settings.other_channels == "error":
         raise ValueError(
             f"{name} must have 3 channels for PhotometricDistortion to change their colours, got "
@@ -121,15 +121,15 @@ def check_channels(settings: PhotometricDistortion, name: str, channels: int) ->
 
 
 def changes_colors(settings: PhotometricDistortion) -> bool:
-    """Tell whether any crop may have its colors changed."""
+    """Return whether jitter or grayscale has a positive probability."""
     return bool(settings.jitter_probability or settings.greyscale_probability)
 
 
 def draw(settings: PhotometricDistortion, uniform: Tensor, channels: int) -> Tensor:
-    """Turn random numbers (..., NUMBERS) into the parameters (..., PARAMETERS) of the step."""
+    """Convert random numbers (..., NUMBERS) to parameters (..., PARAMETERS)."""
     jittered = uniform[..., :1] < settings.jitter_probability
     order = uniform[..., 1:4].argsort(-1)
-    hue_turn = (4 * uniform[..., 4:5]).floor()  # the hue comes first, second, third or last
+    hue_position = (4 * uniform[..., 4:5]).floor()  # steps before the hue shift, 0 to 3
     spread = 2 * uniform[..., 5:9] - 1
     in_color = channels == 3
     factors = torch.stack(
@@ -142,15 +142,15 @@ def draw(settings: PhotometricDistortion, uniform: Tensor, channels: int) -> Ten
     ).where(jittered, 1)
     shift = (settings.hue * in_color * spread[..., 3:]).where(jittered, 0)
     gray = 1 - ((uniform[..., 9:10] < settings.greyscale_probability) & in_color).to(shift)
-    least, most = settings.blur_sigma
-    sigma = least + (most - least) * uniform[..., 11:]
+    low, high = settings.blur_sigma
+    sigma = low + (high - low) * uniform[..., 11:]
     sigma = sigma.where(uniform[..., 10:11] < settings.blur_probability, 0)
-    before = (torch.arange(3, device="cpu") < hue_turn).to(shift)
+    before = (torch.arange(3, device="cpu") < hue_position).to(shift)
     kinds = order.to(shift)
     return torch.cat([kinds, factors.gather(-1, order), before, shift, gray, sigma], dim=-1)
 
 
 def distort(settings: PhotometricDistortion, crops: Tensor, parameters: Tensor) -> Tensor:
-    """Apply the step to crops (B, C, H, W), float32 or float64, of any device."""
-    reach = color_ops.blur_radius(settings.blur_sigma[1]) if settings.blur_probability else 0
-    return color_ops.distort(crops, parameters, colors=changes_colors(settings), blur=reach)
+    """Distort crops (B, C, H, W), float32 or float64, on any device."""
+    radius = color_ops.blur_radius(settings.blur_sigma[1]) if settings.blur_probability else 0
+    return color_ops.distort(crops, parameters, colors=changes_colors(settings), blur=radius)

@@ -1,4 +1,4 @@
-"""Separable linear filters of images, exact also where TF32 is allowed."""
+"""Separable linear filters of images, accurate even if TF32 is allowed."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from swavkit._tensors import autocast_disabled
 
 
 def filtered(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return rows · images · columnsᵀ in the dtype of the images, whatever precision is allowed.
+    """Return rows · images · columnsᵀ in the dtype of the images, unaffected by autocast and TF32.
 
     Args:
         images: (B, C, H, W), differentiable.
-        rows: (B, h, H), constant.
-        columns: (B, w, W), constant.
+        rows: (B, h, H), treated as constant.
+        columns: (B, w, W), treated as constant.
     """
     result: Tensor = _Filtered.apply(images, rows, columns)  # type: ignore[no-untyped-call]
     return result
 
 
 class _Filtered(torch.autograd.Function):
-    """The same, with a gradient that is as exact: it is filtered by the transposed matrices."""
+    """Autograd function of ``filtered``; its gradient is filtered by the transposed matrices."""
 
     @staticmethod
     def forward(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -42,17 +42,17 @@ class _Filtered(torch.autograd.Function):
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Return the product of matrices, within 1e-6 also where TF32 is allowed.
+    """Return the matrix product, within 1e-6 even if TF32 is allowed.
 
-    TF32 rounds factors to 11 bits. Each factor is therefore the sum of its first 11 bits, which
-    that leaves alone, and of the rest, which is small; the product of both rests is left out. To
-    ask torch whether TF32 is allowed would break a graph.
+    TF32 rounds factors to 11 bits. Each factor is split into its first 11 bits, which TF32 keeps,
+    and a small remainder. The product of both remainders is dropped. The TF32 setting is not
+    queried, because that would break a graph.
     """
     if not _may_be_rounded(left):
         return left @ right
     left_high, right_high = _first_11_bits(left), _first_11_bits(right)
-    rest = left_high @ (right - right_high) + (left - left_high) @ right_high
-    return left_high @ right_high + rest
+    correction = left_high @ (right - right_high) + (left - left_high) @ right_high
+    return left_high @ right_high + correction
 
 
 def _may_be_rounded(factor: Tensor) -> bool:

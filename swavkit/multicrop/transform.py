@@ -1,7 +1,7 @@
 """``MultiCropTransform``: random crops of an image at several resolutions.
 
-All random numbers of a sample are drawn at once, on the CPU. The same generator therefore gives the
-same crops on any device and for any batching, and nothing reads a device.
+All random numbers of a sample are drawn at once on the CPU. The same generator therefore gives the
+same crops on any device and for any batching, without device synchronization.
 """
 
 from __future__ import annotations
@@ -29,43 +29,43 @@ IMAGENET_STD = (0.229, 0.224, 0.225)  # the published code has 0.228 in the firs
 class MultiCropTransform:
     """Random resized crops at several resolutions, mirrored, distorted and normalized.
 
-    Each crop is a box of random area, shape and place, resized to a square (bilinear, with
-    antialiasing). Where ten boxes in a row do not fit into the image, the largest central one of a
-    permitted shape is taken. Everything is drawn per sample and per crop, and a batch is drawn as
-    its images would be, one after the other, from the same generator.
+    Each crop is a box of random area, aspect ratio and position, resized to a square (bilinear,
+    antialiased). If ten sampled boxes do not fit into the image, the largest central box of an
+    allowed aspect ratio is used. All parameters are drawn per sample and per crop. A batch draws
+    the same numbers as its images passed one after the other with the same generator.
 
     Args:
-        crops: The groups; the first holds the largest size, and its crops give the codes.
-        mean: Mean of each channel of pixels in [0, 1], or one float for all.
+        crops: The groups. The first has the largest size, and its crops give the codes.
+        mean: Mean of each channel for pixels in [0, 1], or one float for all channels.
         std: Standard deviation, in the same form.
-        smaller_first: Whether the first group may be smaller than another: its crops then give the
-            codes all the same.
-        eight_bit: Whether uint8 images on a CPU are resized in 8 bits, as PIL does it. That is
-            faster and rounds: by up to 0.006 of the range. Otherwise images are resized in float32
-            (float64) everywhere, and a CPU and an accelerator agree within 1e-4.
+        smaller_first: Whether the first group may have a smaller size than another.
+        eight_bit: Whether uint8 images on a CPU are resized in 8 bits, as in PIL. This is faster
+            and rounds by up to 0.006 of the range. Otherwise images are resized in float32
+            (float64), and results on a CPU and an accelerator agree within 1e-4.
 
     Shape:
-        An image, PIL or a tensor (C, H, W), gives a list of (C, size, size), one entry a crop,
-        group after group; a batch (B, C, H, W) on any device gives (B, C, size, size), and so does
-        a list of B images of any sizes. Images are uint8, or floating and in [0, 1]; floating
-        images keep their dtype, uint8 and PIL give float32. Float16 and bfloat16 are worked on in
-        float32. A channels-last batch gives channels-last crops. A NaN pixel is permitted and makes
-        the crops that show it NaN there; other pixels of the crops of its image may become NaN too,
-        those of other images do not.
+        The input is a PIL image or a tensor (C, H, W); or, as a batch, a tensor (B, C, H, W) on any
+        device or a list of B images of any sizes. Tensors are uint8, or floating-point in [0, 1].
+        The output is a list with one tensor per crop in the order of the groups, (C, size, size)
+        for an image and (B, C, size, size) for a batch. Floating-point images keep their dtype;
+        uint8 and PIL images give float32. A channels-last batch gives channels-last crops.
 
-        A PIL image is turned upright as its EXIF orientation says, and boxes are in pixels of the
-        upright image. Transparent pixels are composited on white. Modes 1, L, LA, I;16, I and F
-        have 1 channel, unless ``mean`` or ``std`` name 3; every other mode is converted to RGB.
-        Values of modes I;16 and I, as which PIL opens 16-bit files, are divided by 65535; those of
-        mode F must be in [0, 1].
+        Float16 and bfloat16 are processed in float32. NaN pixels are allowed: crops that show them
+        are NaN there and may be NaN elsewhere; crops of other images are not affected.
+
+        PIL images are turned upright by their EXIF orientation; boxes refer to the upright image.
+        Transparent pixels are composited on white. Modes 1, L, LA, I;16, I and F have 1 channel,
+        unless ``mean`` or ``std`` has 3 entries. All other modes are converted to RGB. Values of
+        modes I;16 and I, in which PIL opens 16-bit files, are divided by 65535. Values of mode F
+        must be in [0, 1].
 
     Raises:
-        TypeError: If a group is no ``CropGroup``, or the image is no image or of another dtype.
-        ValueError: If there is no crop, the first group is not the largest, the image has no
-            pixels, a wrong rank, values out of range, or not the channels of ``mean`` and ``std``,
-            or a callable changes a shape. The values of tensors are checked on a CPU only, and not
-            under ``torch.compile``; elsewhere values outside [0, 1] are clamped by the photometric
-            step, or stay as they are without one.
+        TypeError: If a group is not a ``CropGroup``, or the image has the wrong type or dtype.
+        ValueError: If there is no crop, the first group is not the largest, a callable changes the
+            shape, or the image has no pixels, the wrong number of dimensions, values out of range
+            or channels that differ from ``mean`` and ``std``. Values of tensors are checked on a
+            CPU only, and not under ``torch.compile``. Unchecked values outside [0, 1] are clamped
+            by the photometric step, or kept if there is none.
 
     Example:
         >>> groups = (CropGroup(16, 2, (0.14, 1.0)), CropGroup(8, 3, (0.05, 0.14)))
@@ -99,12 +99,12 @@ class MultiCropTransform:
         self.mean = _per_channel("mean", mean, _checks.finite_float)
         self.std = _per_channel("std", std, _checks.positive_float)
         self.smaller_first, self.eight_bit = smaller_first, eight_bit
-        named = {len(v) for v in (self.mean, self.std) if isinstance(v, tuple)}
-        if len(named) == 2:
+        lengths = {len(v) for v in (self.mean, self.std) if isinstance(v, tuple)}
+        if len(lengths) == 2:
             raise ValueError(
                 f"mean and std must have the same length, got mean {self.mean} and std {self.std}"
             )
-        self._channels = named.pop() if named else None
+        self._channels = lengths.pop() if lengths else None
         self._each_crop = [(i, g) for i, g in enumerate(self.crops) for _ in range(g.count)]
         runs = [(step, len(list(run))) for step, run in groupby(self._each_crop, _step_of)]
         self._steps, self._widths = [step for step, _ in runs], [width for _, width in runs]
@@ -152,23 +152,23 @@ class MultiCropTransform:
         seed: int | None = None,
         return_boxes: bool = False,
     ) -> list[Tensor] | tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Return the crops of an image or of a batch.
+        """Return the crops of an image or a batch.
 
         Args:
             image: A PIL image, a (C, H, W) tensor, a (B, C, H, W) batch, where B may be 0, or a
                 list of images.
-            generator: CPU generator to draw from; None is torch's global one, which a data loader
-                seeds anew for each worker and epoch.
-            seed: Draws the same crops each time, instead of from a generator.
-            return_boxes: Whether to return the boxes and flips too.
+            generator: CPU generator. None is torch's global generator, which a data loader reseeds
+                for each worker and epoch.
+            seed: Seed of a new generator, for the same crops in each call; excludes ``generator``.
+            return_boxes: Whether to also return the boxes and flips.
 
         Returns:
-            One tensor a crop, in the order of the groups. With ``return_boxes`` these, then the box
-            of each crop, (4,) or (B, 4) int64: left, top, right and bottom in pixels of the image,
-            the last two exclusive; then whether it was mirrored, () or (B,) bool.
+            A list with one tensor per crop, in the order of the groups. With ``return_boxes``, a
+            tuple of this list, a list of boxes and a list of flips. Boxes are (4,) or (B, 4) int64:
+            left, top, right, bottom in pixels, the last two exclusive. Flips are () or (B,) bool.
         """
         _checks.choice("return_boxes", return_boxes, (False, True))
-        generator = _source(generator, seed)
+        generator = _checked_generator(generator, seed)
         images = image_input.load(image, self._channels)
         self._check_pixels(images)
         parameters = self._draw(images, generator)
@@ -178,14 +178,14 @@ class MultiCropTransform:
             crops = self._one_by_one(images, parameters)
         else:
             parameters = on_device(parameters, images.working_dtype, images.first.device)
-            crops = self._together(images, parameters)
+            crops = self._batched(images, parameters)
         if images.single:
             crops, parameters = [crop[0] for crop in crops], parameters[0]
         if not return_boxes:
             return crops
         top, left, height, width, mirrored = parameters[..., : box_ops.BOX].unbind(-1)
         boxes = torch.stack([left, top, left + width, top + height], dim=-1).long()
-        # Copies: a view would keep, and save, those of all crops.
+        # Cloned: a view would keep the boxes of all crops alive, and save them with its own.
         flips = (mirrored > 0).unbind(-1)
         return crops, [box.clone() for box in boxes.unbind(-2)], [flip.clone() for flip in flips]
 
@@ -195,10 +195,10 @@ class MultiCropTransform:
                 name = f"the image for crops[{index}]"
                 photometric.check_channels(group.photometric, name, images.channels)
         if images.first.is_floating_point() and on_cpu(images.first):
-            images.refuse_values_outside_0_1()  # they would turn white, or stay unnormalized
+            images.refuse_values_outside_0_1()  # such as unscaled 0 to 255
 
     def _draw(self, images: Images, generator: torch.Generator | None) -> Tensor:
-        """Return the parameters (B, V, ...) of all crops on the CPU: boxes, photometric steps."""
+        """Return the parameters (B, V, ...) of boxes and photometric steps on the CPU."""
         numbers = box_ops.NUMBERS + photometric.NUMBERS
         uniform = photometric.random_numbers(
             len(images.samples), len(self._each_crop), numbers, generator=generator
@@ -209,15 +209,15 @@ class MultiCropTransform:
         for step, rows in zip(self._steps, torch.split(of_steps, self._widths, dim=1), strict=True):
             if isinstance(step, PhotometricDistortion):
                 rows = photometric.draw(step, rows, images.channels)
-            steps.append(rows)  # a step of the user's has random numbers of its own
+            steps.append(rows)  # custom steps draw their own numbers and ignore these
         return torch.cat([boxes, torch.cat(steps, dim=1)], dim=-1)
 
     def _one_by_one(self, images: Images, parameters: Tensor) -> list[Tensor]:
-        """Cut, distort and normalize crop by crop on the CPU, each while it is in the cache."""
-        most, dtype, returned = images.largest_value, images.working_dtype, images.returned_dtype
+        """Cut, distort and normalize one crop at a time on the CPU, so that it stays in cache."""
+        white, dtype, returned = images.largest_value, images.working_dtype, images.returned_dtype
         channels, memory_format = images.channels, images.memory_format
-        mean, std, unit = (self._statistic(v, images) for v in (self.mean, self.std, 1 / most))
-        scaled_mean, scale, scaled_scale = most * mean, 1 / std, 1 / (most * std)
+        mean, std, unit = (self._statistic(v, images) for v in (self.mean, self.std, 1 / white))
+        scaled_mean, scale, scaled_scale = white * mean, 1 / std, 1 / (white * std)
         results = [
             torch.empty(
                 (len(images.samples), channels, group.size, group.size),
@@ -243,13 +243,13 @@ class MultiCropTransform:
                 else:
                     torch.mul(cut, unit, out=crop)
         for position, (index, group) in enumerate(self._each_crop):
-            if _is_users(group.photometric):
-                crops = self._users_step(results[position], index, images.single)
+            if _is_custom(group.photometric):
+                crops = self._custom_step(results[position], index, images.single)
                 results[position] = (crops - mean) / std
         return [crops.to(returned) for crops in results]
 
-    def _together(self, images: Images, parameters: Tensor) -> list[Tensor]:
-        """Cut, distort and normalize a whole batch, crop by crop, on its device."""
+    def _batched(self, images: Images, parameters: Tensor) -> list[Tensor]:
+        """Cut, distort and normalize a whole batch on its device, one crop per image at a time."""
         mean, std = (self._statistic(value, images) for value in (self.mean, self.std))
         batch = images.batch()
         results = []
@@ -260,7 +260,7 @@ class MultiCropTransform:
             if isinstance(group.photometric, PhotometricDistortion):
                 crops = photometric.distort(group.photometric, crops, step)
             elif group.photometric is not None:
-                crops = self._users_step(crops, index, images.single)
+                crops = self._custom_step(crops, index, images.single)
             crops = ((crops - mean) / std).to(images.returned_dtype)
             results.append(crops.contiguous(memory_format=images.memory_format))
         return results
@@ -269,8 +269,8 @@ class MultiCropTransform:
         column = torch.tensor(value, dtype=torch.float64, device="cpu").view(-1, 1, 1)
         return on_device(column, images.working_dtype, images.first.device)
 
-    def _users_step(self, crops: Tensor, index: int, single: bool) -> Tensor:
-        """Call a group's photometric step, which is the user's, and look at what came back."""
+    def _custom_step(self, crops: Tensor, index: int, single: bool) -> Tensor:
+        """Call a group's custom photometric step and check its output."""
         step = self.crops[index].photometric
         if step is None or not crops.numel():
             return crops
@@ -291,13 +291,13 @@ def _step_of(crop: tuple[int, CropGroup]) -> Callable[[Tensor], Tensor] | None:
 
 
 def _contiguous(crop: Tensor) -> Tensor:
-    """Return the memory of a crop where it is contiguous, else memory like it."""
+    """Return ``crop`` if it is contiguous, else an uninitialized contiguous tensor like it."""
     if crop.is_contiguous():
         return crop
     return torch.empty_like(crop, memory_format=torch.contiguous_format)
 
 
-def _is_users(step: Callable[[Tensor], Tensor] | None) -> bool:
+def _is_custom(step: Callable[[Tensor], Tensor] | None) -> bool:
     return not (step is None or isinstance(step, PhotometricDistortion))
 
 
@@ -309,8 +309,8 @@ def _per_channel(
     return tuple(check(f"{name}[{index}]", number) for index, number in enumerate(value))
 
 
-def _source(generator: Any, seed: Any) -> torch.Generator | None:
-    """Return what random numbers are drawn from."""
+def _checked_generator(generator: Any, seed: Any) -> torch.Generator | None:
+    """Validate ``generator`` and ``seed`` and return the generator to draw from."""
     if not (generator is None or isinstance(generator, torch.Generator)):
         raise TypeError(
             f"generator must be a torch.Generator or None, got {type(generator).__name__}"
