@@ -179,13 +179,14 @@ def _fused(
 ) -> list[HeadLoss]:
     """Compute the losses block by block, without the scores of all views."""
     factors = [head._factors(batch.features, batch.frozen) for head in heads]
-    dtype = at_least_float32(product_dtype(factors[0][0]))
+    features, _ = factors[0]
     group = sinkhorn._participants()
     sinkhorn._compare(
         group,
         batch.num_code_views * len(heads),
         sum(head.num_prototypes for head in heads),
-        factors[0][0].detach()[:0].to(dtype),
+        at_least_float32(product_dtype(features)),
+        features.device,
     )
     losses = fused_losses(
         factors,

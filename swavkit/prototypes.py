@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from swavkit import _checks
 from swavkit._autograd import linear
-from swavkit._tensors import at_least_float32, autocast_disabled
+from swavkit._tensors import at_least_float32
 from swavkit.distributed.collectives import is_sharded
 
 __all__ = ["PrototypeLayer"]
@@ -230,49 +230,11 @@ def unit_rows(rows: Tensor, *, differentiate_norm: bool = True) -> Tensor:
         (..., D) unit rows in float32, or float64 for float64 input.
     """
     rows = rows.to(at_least_float32(rows.dtype))
-    if rows.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        unit: Tensor = _UnitRows.apply(rows, differentiate_norm)[0]  # type: ignore[no-untyped-call]
-        return unit
-    return _unit_rows_and_norms(rows, differentiate_norm)[0]
-
-
-def _unit_rows_and_norms(rows: Tensor, differentiate_norm: bool = True) -> tuple[Tensor, Tensor]:
-    """Return unit rows (..., D) and norms (..., 1), which are infinite for a zero row."""
     # Divided by the largest entry first, so that no square over- or underflows. It cancels.
     constant = rows.detach()
     largest = torch.maximum(constant.amax(-1, keepdim=True), -constant.amin(-1, keepdim=True))
-    largest = largest.clamp(min=torch.finfo(rows.dtype).tiny)
-    scaled = rows / largest
+    scaled = rows / largest.clamp(min=torch.finfo(rows.dtype).tiny)
     differentiable = scaled if differentiate_norm else scaled.detach()
     norm = torch.linalg.vector_norm(differentiable, dim=-1, keepdim=True)
-    norm = norm.masked_fill(norm == 0, torch.inf)  # so the gradient of a zero row is 0
-    return scaled / norm, norm * largest
-
-
-class _UnitRows(torch.autograd.Function):
-    """The gradient of unit rows in few operations: a fifth of a step at 8×64×300."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(rows: Tensor, differentiate_norm: bool) -> tuple[Tensor, Tensor]:
-        return _unit_rows_and_norms(rows)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.differentiate_norm = inputs[1]
-        ctx.save_for_backward(*output)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        unit, norm = ctx.saved_tensors
-        of_unit, of_norm = gradients
-        if of_unit is not None and ctx.differentiate_norm:
-            with autocast_disabled(unit.device):  # a backward pass may run inside autocast
-                along = torch.linalg.vecdot(of_unit, unit).unsqueeze(-1)
-            of_unit = torch.addcmul(of_unit, along, unit, value=-1)
-        of_rows = None if of_unit is None else of_unit / norm
-        if of_norm is not None:  # in a second derivative
-            of_rows = of_norm * unit if of_rows is None else of_rows + of_norm * unit
-        return of_rows, None
+    unit: Tensor = scaled / norm.masked_fill(norm == 0, torch.inf)  # a zero row's gradient is 0
+    return unit

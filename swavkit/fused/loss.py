@@ -147,14 +147,14 @@ def _loss(
             loss += (pair_weight[part] * errors).sum()
             factor[part] /= scale
         # The residuals have overwritten the scores.
-        if needs_features:
+        if needs_features or needs_directions:
             residual = block_scores.flatten(0, 1).to(dtype)  # (V·b, K)
+        if needs_features:
             products = (residual @ directions.to(dtype)).view(
                 block_scores.shape[:2] + features.shape[-1:]
             )
             features_gradient[:, rows] = products * factor[rows].unsqueeze(-1)
         if needs_directions:
-            residual = block_scores.flatten(0, 1).to(dtype)
             weighted = (features[:, rows] * factor[rows].unsqueeze(-1)).flatten(0, 1).to(dtype)
             if dtype == directions_gradient.dtype:
                 directions_gradient.addmm_(residual.T, weighted)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import torch
 from torch import Tensor, nn
 
 from swavkit import _checks
@@ -54,7 +55,6 @@ class SinkhornKnopp(nn.Module):
         ValueError: If a setting is out of range, or differs between ranks.
 
     Example:
-        >>> import torch
         >>> sinkhorn = SinkhornKnopp(epsilon=0.05, iterations=3)
         >>> sinkhorn(torch.eye(3))
         tensor([[1.0000e+00, 2.0612e-09, 2.0612e-09],
@@ -125,7 +125,8 @@ class SinkhornKnopp(nn.Module):
             group,
             sum(math.prod(shape[:-2]) for shape in shapes),
             sum(shape[-1] for shape in shapes),
-            problems[0].scores,
+            problems[0].scores.dtype,
+            problems[0].scores.device,
             any(problem.prototype_weight is not None for problem in problems),
         )
         codes = solve(problems, settings, group)
@@ -139,7 +140,8 @@ class SinkhornKnopp(nn.Module):
         group: ProcessGroup | None,
         problems: int,
         prototypes: int,
-        like: Tensor,
+        dtype: torch.dtype,
+        device: torch.device,
         prior: bool = False,
     ) -> None:
         """Compare the settings and numbers of problems and prototypes over the ranks, if due."""
@@ -148,12 +150,12 @@ class SinkhornKnopp(nn.Module):
             return {
                 "num_prototypes": prototypes,
                 "the number of problems": problems,
-                "the dtype of scores": like.dtype,
+                "the dtype of scores": dtype,
                 "whether prototype_weight is given": prior,
                 **self._settings()._asdict(),
             }
 
-        self._agreement.require(record, group, like.device)
+        self._agreement.require(record, group, device)
 
     def _participants(self) -> ProcessGroup | None:
         """Return the ranks that share the batch of a call now, or ``None``."""
