@@ -5,6 +5,7 @@
 
 from swavkit._head_losses import SwAVDetails
 from swavkit.checkpoints import load_sharded_state_dict, sharded_state_dict
+from swavkit.code_prediction import CodePredictionLoss, code_prediction_loss
 from swavkit.feature_queue import FeatureQueue
 from swavkit.multicrop.crop_group import CropGroup
 from swavkit.multicrop.forward import multi_crop_forward
@@ -17,6 +18,7 @@ from swavkit.swapped_prediction import SwappedPredictionLoss, swapped_prediction
 from swavkit.swav import SwAVLoss
 
 __all__ = [
+    "CodePredictionLoss",
     "CropGroup",
     "FeatureQueue",
     "MultiCropTransform",
@@ -26,6 +28,7 @@ __all__ = [
     "SwAVDetails",
     "SwAVLoss",
     "SwappedPredictionLoss",
+    "code_prediction_loss",
     "load_sharded_state_dict",
     "marginal_error",
     "multi_crop_forward",

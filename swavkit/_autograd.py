@@ -94,9 +94,8 @@ class _KnownGradients(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "the swapped prediction loss has no second derivative: its gradient is computed "
-                "along with its value, and is a constant from then on; expected a backward pass "
-                "without create_graph=True"
+                "the loss has no second derivative: its gradient is computed along with its value, "
+                "and is a constant from then on; expected a backward pass without create_graph=True"
             )
         factor, *saved = ctx.saved_tensors
         factor = factor * gradient

@@ -34,6 +34,23 @@ def positive_float(name: str, value: Any) -> float:
     return number
 
 
+def positive_setting(name: str, value: Any) -> float | Tensor:
+    """Return ``value`` if it is a finite number above 0, or a floating 0-dim tensor.
+
+    The value of a tensor is not checked.
+    """
+    if not isinstance(value, Tensor):
+        return positive_float(name, value)
+    floating_tensor(name, value)
+    if value.dim() > 0:
+        raise ValueError(f"{name} as a tensor must be 0-dimensional, got {tuple(value.shape)}")
+    if value.requires_grad:
+        raise ValueError(
+            f"{name} must not require a gradient, which it would not get, got one that does"
+        )
+    return value
+
+
 def non_negative_float(name: str, value: Any) -> float:
     """Return ``value`` as a float if it is finite and at least 0."""
     number = finite_float(name, value)
@@ -106,13 +123,19 @@ def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
         raise ValueError(f"{name} must be {listed}, got {value!r}")
 
 
-def floating_tensor(name: str, value: Any) -> Tensor:
-    """Return ``value`` if it is a tensor with a real floating-point dtype."""
+def tensor(name: str, value: Any) -> Tensor:
+    """Return ``value`` if it is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
     return value
+
+
+def floating_tensor(name: str, value: Any) -> Tensor:
+    """Return ``value`` if it is a tensor with a real floating-point dtype."""
+    floating = tensor(name, value)
+    if not floating.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {floating.dtype}")
+    return floating
 
 
 def min_dimensions(name: str, value: Tensor, least: int, shape: str) -> None:
@@ -163,8 +186,7 @@ def weights(
 
 def weight(name: str, value: Any, shapes: Sequence[tuple[int, ...]], like: Tensor) -> None:
     """Check a bool or floating-point tensor of one of ``shapes`` on the device of ``like``."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    tensor(name, value)
     if not (value.is_floating_point() or value.dtype == torch.bool):
         raise TypeError(f"{name} must have a bool or floating-point dtype, got {value.dtype}")
     if not any(same_shape(value.shape, shape) for shape in shapes):

@@ -61,12 +61,14 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def traceable(setting: float, device: torch.device) -> float | Tensor:
-    """Return a setting as it is, or as a 0-dim tensor while torch.compile traces.
+def traceable(setting: float | Tensor, device: torch.device) -> float | Tensor:
+    """Return a number as it is, or as a 0-dim tensor while torch.compile traces.
 
     Traced as a number, a setting that changes would become a constant of a cached graph, which then
-    keeps an old value, or is compiled anew for every value.
+    keeps an old value, or is compiled anew for every value. A tensor is moved to ``device``.
     """
+    if isinstance(setting, Tensor):
+        return setting.to(device, torch.float64, non_blocking=True)
     if not torch.compiler.is_compiling():
         return setting
     return torch.ones((), dtype=torch.float64, device=device) * setting
@@ -77,7 +79,7 @@ def scaled_sum(
 ) -> Tensor:
     """Return ``summand + factor * values`` in the dtype of ``summand``."""
     if isinstance(factor, Tensor):
-        return torch.add(summand, values.to(summand.dtype) * factor, out=out)
+        return torch.addcmul(summand, values, factor, out=out)
     return torch.add(summand, values, alpha=factor, out=out)
 
 

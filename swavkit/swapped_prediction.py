@@ -15,9 +15,7 @@ needs one logsumexp per view, and the softmax gives its gradient::
     L = 1/(A(V-1)) · Σ_v mean_b [ n_v · logsumexp_k(S_v/τ) - ⟨T_v, S_v⟩/τ ]
     ∂L/∂S_v = (T_v - n_v · softmax(S_v/τ)) · -w_b / (τ · A · (V-1) · Σ w)
 
-The forward pass also computes the residual T_v - n_v · softmax(S_v/τ), in the memory of the
-softmax. Its entries are of the order of 1. The backward pass applies the remaining factor in
-float32; in half precision it would flush many entries to zero.
+``_prediction_errors.py`` computes both for one view.
 """
 
 from __future__ import annotations
@@ -31,26 +29,17 @@ from torch import Tensor, nn
 
 from swavkit import _checks
 from swavkit._autograd import attach_gradients
-from swavkit._tensors import (
-    at_least_float32,
-    autocast_disabled,
-    empty,
-    scaled_sum,
-    traceable,
-)
+from swavkit._prediction_errors import normalized_weights, prediction_error, residual_scale
+from swavkit._tensors import at_least_float32, autocast_disabled, empty, traceable
 
 __all__ = ["SwappedPredictionLoss", "swapped_prediction_loss"]
-
-# The entries of a residual range from the sum of a sample's codes down to 1/K of it. With this
-# largest entry, 1/K of it is in the range of float16 for every K that fits in memory.
-_LARGEST_RESIDUAL_IN_FLOAT16 = 256.0
 
 
 def swapped_prediction_loss(
     scores: Tensor | Sequence[Tensor],
     codes: Tensor | Sequence[Tensor],
     *,
-    temperature: float = 0.1,
+    temperature: float | Tensor = 0.1,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
     """Return the cross-entropy between each view's prediction and the codes of other code views.
@@ -63,7 +52,8 @@ def swapped_prediction_loss(
             first.
         codes: (A, B, K) codes of the first A views, 1 <= A <= V, or a sequence of them; at least 0,
             rows need not sum to 1. Code i belongs to view i. Codes get no gradient.
-        temperature: The softmax temperature τ > 0, in the unit of the scores.
+        temperature: The softmax temperature τ > 0, in the unit of the scores: a number, or a
+            floating 0-dim tensor, which is never read on the host.
         sample_weight: (B,) weights in the mean over samples, bool or floating, at least 0. A sample
             of weight 0 is ignored, even if its scores or codes are not finite.
 
@@ -84,7 +74,7 @@ def swapped_prediction_loss(
         >>> swapped_prediction_loss(scores, codes)  # ln 10
         tensor(2.3026)
     """
-    temperature = _checks.positive_float("temperature", temperature)
+    temperature = _checks.positive_setting("temperature", temperature)
     score_views = _checks.views("scores", scores, "prototypes", least=2)
     _checks.untransformed("scores", score_views[0])
     code_views = _checks.views("codes", codes, "prototypes", least=1)
@@ -108,7 +98,8 @@ class SwappedPredictionLoss(nn.Module):
     """Module form of :func:`swapped_prediction_loss`.
 
     Args:
-        temperature: The softmax temperature τ > 0, in the unit of the scores.
+        temperature: The softmax temperature τ > 0, in the unit of the scores: a number, or a
+            floating 0-dim tensor, which is never read on the host.
 
     Shape:
         scores (V, B, K), codes (A, B, K) and ``sample_weight`` (B,) give a scalar in float32, or in
@@ -127,9 +118,9 @@ class SwappedPredictionLoss(nn.Module):
 
     __prepare_scriptable__ = _checks.refuse_scripting
 
-    def __init__(self, temperature: float = 0.1) -> None:
+    def __init__(self, temperature: float | Tensor = 0.1) -> None:
         super().__init__()
-        self.temperature = _checks.positive_float("temperature", temperature)
+        self.temperature = _checks.positive_setting("temperature", temperature)
 
     def forward(
         self,
@@ -150,51 +141,11 @@ class SwappedPredictionLoss(nn.Module):
         return f"temperature={self.temperature}"
 
 
-def prediction_error(
-    scores: Tensor,
-    target: Tensor,
-    mass: Tensor,
-    inverse_temperature: float | Tensor,
-    residual: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> Tensor:
-    """Return n · logsumexp(S/τ) - ⟨T, S⟩/τ for some samples of one view, (b,).
-
-    Args:
-        scores: (b, K), S, of any floating dtype.
-        target: (b, K), T, in the dtype of the arithmetic, float32 or float64.
-        mass: (b,), n, the row sums of T.
-        inverse_temperature: 1/τ.
-        residual: (b, K), overwritten with T - n · softmax(S/τ); may be ``scores`` itself.
-        scale: (b,), a factor of the residual, applied before it is rounded to its dtype.
-    """
-    largest = scores.amax(dim=-1, keepdim=True).to(target.dtype)
-    shift = largest * -inverse_temperature
-    if residual is not None and residual.dtype == target.dtype:
-        logits = residual
-    else:
-        logits = torch.empty_like(target)
-    scaled_sum(shift, scores, inverse_temperature, out=logits)  # at most 0, up to rounding
-    logits.clamp_(min=torch.finfo(logits.dtype).min)  # a score of -inf would give 0 · inf
-    agreement: Tensor = torch.linalg.vecdot(target, logits)
-    predictions = torch.softmax(logits, dim=-1, out=logits)
-    # logsumexp is the largest logit minus the logarithm of its softmax.
-    log_sum = scaled_sum(shift, largest, inverse_temperature).squeeze(-1)
-    log_sum -= predictions.amax(dim=-1).log()
-    if residual is not None:
-        torch.addcmul(target, predictions, mass.unsqueeze(-1), value=-1, out=logits)
-        if scale is not None:
-            logits.mul_(scale.unsqueeze(-1))
-        if logits is not residual:
-            residual.copy_(logits)
-    return mass * log_sum - agreement
-
-
 def _loss_and_factor(
     residuals: list[Tensor] | None,
     scores: list[Tensor],
     codes: list[Tensor],
-    temperature: float,
+    temperature: float | Tensor,
     sample_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and the factor (B, 1) from residuals to gradients, both constants.
@@ -210,20 +161,6 @@ def _loss_and_factor(
         pair_weight = normalized_weight / (len(codes) * (len(scores) - 1))
         factor = pair_weight * -inverse_temperature / scale
         return (pair_weight * errors).sum(), factor.unsqueeze(-1)
-
-
-def normalized_weights(sample_weight: Tensor | None, like: Tensor) -> Tensor:
-    """Return the weights (B,) of the samples of ``like`` (B, ...), divided by their sum."""
-    samples, dtype = len(like), at_least_float32(like.dtype)
-    if sample_weight is None:
-        return torch.full((samples,), 1 / max(samples, 1), dtype=dtype, device=like.device)
-    if samples == 0:
-        return like.new_zeros((0,), dtype=dtype)
-    weight = sample_weight.to(at_least_float32(sample_weight.dtype))
-    largest = weight.amax()  # after division by it, no sum over- or underflows
-    weight = (weight / torch.where(largest == 0, 1, largest)).to(dtype)
-    total = weight.sum()
-    return weight / torch.where(total == 0, 1, total)
 
 
 def errors_of_samples(
@@ -248,10 +185,7 @@ def errors_of_samples(
     codes = [code.to(dtype) for code in codes]
     target_of_all = reduce(torch.add, codes)
     target_mass = target_of_all.sum(dim=-1)
-    scale = None
-    if scores[0].dtype == torch.float16:
-        largest = target_mass.where((target_mass > 0) & target_mass.isfinite(), 1)
-        scale = _LARGEST_RESIDUAL_IN_FLOAT16 / largest
+    scale = residual_scale(target_mass, scores[0].dtype)
     errors = torch.zeros_like(target_mass)
     for view, view_scores in enumerate(scores):
         residual = None if residuals is None else residuals[view]

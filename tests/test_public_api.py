@@ -37,6 +37,10 @@ CALLS = {
     "synchronize=True)",
     "power_law_prior": "(num_prototypes, exponent=0.25)",
     "swapped_prediction_loss": "(scores, codes, *, temperature=0.1, sample_weight=None)",
+    "code_prediction_loss": "(scores, codes, *, temperature=0.1, sample_weight=None, "
+    "reduction='mean')",
+    "CodePredictionLoss": "(temperature=0.1, reduction='mean')",
+    "CodePredictionLoss.forward": "(self, scores, codes, sample_weight=None)",
     "multi_crop_forward": "(network, crops, *, key=None)",
     "SinkhornKnopp": "(epsilon=0.05, iterations=3, *, process_group=None, synchronize=True, "
     "relaxation=inf, tolerance=None, hard=False, validate=False)",

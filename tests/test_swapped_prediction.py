@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from swavkit import SwappedPredictionLoss, swapped_prediction, swapped_prediction_loss
+from swavkit import SwappedPredictionLoss, _prediction_errors, swapped_prediction_loss
 from tests import oracles, tolerances
 from tests.bad_input import BAD_SAMPLE_WEIGHTS
 from tests.modes import CountingBackend, LargestTensor, RefuseSynchronisation
@@ -300,10 +300,10 @@ def test_the_error_of_some_samples_of_one_view_and_what_is_left_of_them(
     target = torch.tensor(problem_of().codes[0]).to(device, arithmetic)
     target *= mass / target.sum(dim=-1, keepdim=True)
     residual = scores.clone()
-    found = swapped_prediction.prediction_error(
+    found = _prediction_errors.prediction_error(
         residual, target, target.sum(dim=-1), 1 / 0.1, residual=residual
     )
-    alone = swapped_prediction.prediction_error(scores, target, target.sum(dim=-1), 1 / 0.1)
+    alone = _prediction_errors.prediction_error(scores, target, target.sum(dim=-1), 1 / 0.1)
     assert torch.equal(found, alone)
     assert found.dtype == arithmetic
     pair = torch.stack([scores, scores]).double().cpu().numpy()

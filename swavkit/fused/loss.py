@@ -33,12 +33,13 @@ import torch
 from torch import Tensor
 
 from swavkit._autograd import attach_gradients
+from swavkit._prediction_errors import normalized_weights
 from swavkit._tensors import autocast_disabled, product_dtype, traceable
 from swavkit.fused.score_blocks import BlockScores, find_memory
 from swavkit.sinkhorn.functional import Settings, one_hot
 from swavkit.sinkhorn.iterations import find_u
 from swavkit.sinkhorn.kernel import Kernel
-from swavkit.swapped_prediction import errors_of_samples, normalized_weights
+from swavkit.swapped_prediction import errors_of_samples
 
 if TYPE_CHECKING:
     from swavkit.distributed.collectives import ProcessGroup

@@ -16,6 +16,7 @@ from swavkit import _checks
 from swavkit._autograd import linear
 from swavkit._checks import is_plainly
 from swavkit._head_losses import Batch, HeadLoss, SwAVDetails
+from swavkit._prediction_errors import normalized_weights
 from swavkit._tensors import at_least_float32
 from swavkit.distributed.collectives import (
     GroupHandle,
@@ -38,7 +39,7 @@ from swavkit.sharded.loss import (
     sharded_losses,
 )
 from swavkit.sinkhorn.module import SinkhornKnopp
-from swavkit.swapped_prediction import SwappedPredictionLoss, normalized_weights
+from swavkit.swapped_prediction import SwappedPredictionLoss
 
 if TYPE_CHECKING:
     from swavkit.distributed.collectives import ProcessGroup
