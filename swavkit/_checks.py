@@ -43,7 +43,7 @@ def positive_setting(name: str, value: Any) -> float | Tensor:
         return positive_float(name, value)
     floating_tensor(name, value)
     if value.dim() > 0:
-        raise ValueError(f"{name} as a tensor must be 0-dimensional, got {tuple(value.shape)}")
+        raise ValueError(f"{name} must be 0-dimensional as a tensor, got {tuple(value.shape)}")
     if value.requires_grad:
         raise ValueError(
             f"{name} must not require a gradient, which it would not get, got one that does"
@@ -138,6 +138,12 @@ def floating_tensor(name: str, value: Any) -> Tensor:
     return floating
 
 
+def floating_dtype(name: str, value: Any) -> None:
+    """Check that ``value`` is a real floating-point dtype."""
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        raise TypeError(f"{name} must be a floating-point torch.dtype, got {value!r}")
+
+
 def min_dimensions(name: str, value: Tensor, least: int, shape: str) -> None:
     """Check that a tensor has at least ``least`` dimensions; ``shape`` names them."""
     if value.dim() < least:
@@ -193,6 +199,28 @@ def weight(name: str, value: Any, shapes: Sequence[tuple[int, ...]], like: Tenso
         listed = " or ".join(dict.fromkeys(str(tuple(shape)) for shape in shapes))
         raise ValueError(f"{name} must have shape {listed}, got {tuple(value.shape)}")
     same_device(name, value, like)
+
+
+def prototype_weights(value: Any, sizes: Sequence[int], several: bool) -> list[Tensor | None]:
+    """Return relative masses of prototypes for each head of ``sizes``, or ``None``.
+
+    ``several`` tells whether ``value`` is a sequence, with an entry or ``None`` for each head.
+    """
+    if value is None:
+        return [None] * len(sizes)
+    if not several:
+        weight("prototype_weight", value, (tuple(sizes),), value)
+        return [value]
+    sequence = isinstance(value, (list, tuple))
+    if not sequence or len(value) != len(sizes):
+        raise ValueError(
+            f"prototype_weight must be None or a list with an entry or None for each of "
+            f"{len(sizes)} heads, got {len(value) if sequence else type(value).__name__}"
+        )
+    for index, (each, size) in enumerate(zip(value, sizes, strict=True)):
+        if each is not None:
+            weight(f"prototype_weight[{index}]", each, ((size,),), each)
+    return list(value)
 
 
 def mask(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from swavkit.distributed.collectives import rank_and_size, sum_over_ranks
 from swavkit.fused.loss import fused_losses
 from swavkit.prototypes import PrototypeLayer, unit_rows
 from swavkit.sinkhorn import SinkhornKnopp
+from swavkit.sinkhorn.marginals import marginal_error
 from swavkit.swapped_prediction import SwappedPredictionLoss
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ class Batch(NamedTuple):
         features: (V, B, D), the code views first; finite where a sample is absent.
         nan_rows: (V, B, 1) bool, where scores count as NaN; or ``None``.
         num_code_views: A.
+        code_features: (A, B, D) of a teacher, finite where a sample is absent; ``None`` if the
+            features of the code views give the codes themselves.
+        code_nan_rows: (A, B, 1) bool, where scores of ``code_features`` count as NaN; or ``None``.
         sample_weight: (B,), or ``None``.
         queued: (A, L, D) features of the queue, or ``None``.
         queue_mask: (L,) bool, which of them take part; or ``None``.
@@ -47,6 +51,8 @@ class Batch(NamedTuple):
     features: Tensor
     nan_rows: Tensor | None
     num_code_views: int
+    code_features: Tensor | None
+    code_nan_rows: Tensor | None
     sample_weight: Tensor | None
     queued: Tensor | None
     queue_mask: Tensor | None
@@ -63,16 +69,37 @@ class Batch(NamedTuple):
             return torch.cat([current, self.queue_mask.to(current.dtype)])
 
 
-class SwAVDetails(NamedTuple):
+class Head(NamedTuple):
+    """The parts of one head.
+
+    Attributes:
+        prototypes: The layer that is trained.
+        code_prototypes: The layer whose scores give the codes: the same one, or a teacher's.
+        prototype_weight: (K,) relative masses of the prototypes, or ``None``.
+    """
+
+    prototypes: PrototypeLayer
+    code_prototypes: PrototypeLayer
+    prototype_weight: Tensor | None
+
+
+class _CodesAndScores(NamedTuple):
+    codes: Tensor
+    scores: Tensor
+
+
+class SwAVDetails(_CodesAndScores):
     """Intermediate results of :class:`SwAVLoss`, without gradient.
 
     Attributes:
         codes: (A, B, K) targets of the views, float32 (float64 for float64 scores).
         scores: (V, B, K) cosines of features and prototypes.
+        marginal_error: (A,) :func:`~swavkit.marginal_error` of the codes of current and queued
+            samples, over all ranks, if a ``tolerance`` is set; else ``None``. It is above the
+            tolerance if that was not reached. All ranks must then request details.
     """
 
-    codes: Tensor
-    scores: Tensor
+    marginal_error: Tensor | None = None  # no field: the tuple has two
 
 
 class HeadLoss(NamedTuple):
@@ -84,7 +111,7 @@ class HeadLoss(NamedTuple):
 
 def head_losses(
     batch: Batch,
-    heads: Sequence[PrototypeLayer],
+    heads: Sequence[Head],
     sinkhorn: nn.Module,
     loss: nn.Module,
     *,
@@ -95,19 +122,64 @@ def head_losses(
     observed = not (
         is_plainly(sinkhorn, SinkhornKnopp)
         and is_plainly(loss, SwappedPredictionLoss)
-        and all(is_plainly(head, PrototypeLayer) for head in heads)
+        and all(is_plainly(layer, PrototypeLayer) for head in heads for layer in head[:2])
     )
-    needs_parts = details or observed or getattr(sinkhorn, "validate", False)
+    validated = getattr(sinkhorn, "validate", False)
+    own_dtype = getattr(sinkhorn, "dtype", None) is not None
+    needs_parts = details or observed or validated or own_dtype
     if memory == "streamed" and needs_parts:
         raise ValueError(
-            "memory must be 'full' or 'auto' for details, for validated codes, and with a part "
-            "that is replaced or has hooks, got 'streamed'"
+            "memory must be 'full' or 'auto' for details, for validated codes or codes of a given "
+            "dtype, and with a part that is replaced or has hooks, got 'streamed'"
         )
-    prototypes = sum(head.num_prototypes for head in heads)
+    prototypes = sum(head.prototypes.num_prototypes for head in heads)
     if needs_parts or memory == "full" or (memory == "auto" and _is_small(batch, prototypes)):
-        return _parts_called(batch, heads, sinkhorn, loss)
+        return _parts_called(batch, heads, sinkhorn, loss, details)
     assert isinstance(sinkhorn, SinkhornKnopp)
     return _fused(batch, heads, sinkhorn, loss, _BYTES_OF_KEPT_KERNELS if memory == "auto" else 0)
+
+
+def checked_code_views(
+    code_features: Tensor | Sequence[Tensor], num_code_views: int, like: Tensor
+) -> list[Tensor]:
+    """Return the features that give the codes view by view, (B, D) ``like`` a view of features."""
+    last = like.shape[-1]
+    views = _checks.views("code_features", code_features, "features", least=1, last=last)
+    if len(views) != num_code_views or len(views[0]) != len(like):
+        raise ValueError(
+            f"code_features must hold {num_code_views} views of {len(like)} samples, got "
+            f"{len(views)} of {len(views[0])}"
+        )
+    _checks.same_device("code_features", views[0], like)
+    return views
+
+
+def checked_code_heads(
+    code_prototypes: PrototypeLayer | Iterable[PrototypeLayer], heads: Sequence[PrototypeLayer]
+) -> list[PrototypeLayer]:
+    """Return the layers that score what gives the codes, one for each of ``heads``."""
+    several = isinstance(code_prototypes, Iterable)
+    given = list(code_prototypes) if isinstance(code_prototypes, Iterable) else [code_prototypes]
+    if len(given) != len(heads):
+        raise ValueError(
+            f"code_prototypes must be one PrototypeLayer for each of {len(heads)} heads, got "
+            f"{len(given)}"
+        )
+    for index, (layer, head) in enumerate(zip(given, heads, strict=True)):
+        name = f"code_prototypes[{index}]" if several else "code_prototypes"
+        _checks.instance(name, layer, PrototypeLayer)
+        if (layer.num_prototypes, layer.feature_dim) != (head.num_prototypes, head.feature_dim):
+            raise ValueError(
+                f"{name} must have {head.num_prototypes} prototypes of {head.feature_dim} "
+                f"features, got {layer.num_prototypes} of {layer.feature_dim}"
+            )
+        if layer._held != head._held:
+            raise ValueError(
+                f"{name} must be sharded like the prototypes, which hold {head._held} on this "
+                f"rank, got {layer._held}"
+            )
+        _checks.same_device(name, layer.weight, head.weight)
+    return given
 
 
 @torch.no_grad()
@@ -137,64 +209,109 @@ def _is_small(batch: Batch, prototypes: int) -> bool:
 
 
 def _parts_called(
-    batch: Batch, heads: Sequence[PrototypeLayer], sinkhorn: nn.Module, loss: nn.Module
+    batch: Batch, heads: Sequence[Head], sinkhorn: nn.Module, loss: nn.Module, details: bool
 ) -> list[HeadLoss]:
     """Call the parts, as the docstring of ``SwAVLoss`` does."""
-    scores = [head(batch.features, frozen=batch.frozen) for head in heads]  # (V, B, K) each
-    if batch.nan_rows is not None:
-        scores = [of_head.masked_fill(batch.nan_rows, torch.nan) for of_head in scores]
+    scores = [
+        _masked(head.prototypes(batch.features, frozen=batch.frozen), batch.nan_rows)
+        for head in heads
+    ]  # (V, B, K) each
     with torch.no_grad():
         to_code = [
-            _with_queued(batch, head, of_head) for head, of_head in zip(heads, scores, strict=True)
+            _scores_to_code(batch, head, of_head.detach())
+            for head, of_head in zip(heads, scores, strict=True)
         ]
         weight = batch.code_weight()
+        priors = [head.prototype_weight for head in heads]
         if is_plainly(sinkhorn, SinkhornKnopp):
-            codes = sinkhorn(to_code, [weight] * len(heads))
+            codes = sinkhorn(to_code, [weight] * len(heads), priors)
         else:  # a hook or a module of the user's takes one problem at a time
-            codes = [sinkhorn(of_head, weight) for of_head in to_code]
+            codes = [
+                sinkhorn(of_head, weight) if prior is None else sinkhorn(of_head, weight, prior)
+                for of_head, prior in zip(to_code, priors, strict=True)
+            ]
+        errors: list[Tensor | None] = [None] * len(heads)
+        if details and isinstance(sinkhorn, SinkhornKnopp) and sinkhorn.tolerance is not None:
+            errors = [
+                _marginal_error(code, weight, prior, sinkhorn)
+                for code, prior in zip(codes, priors, strict=True)
+            ]
         samples = batch.features.shape[1]
         if batch.queued is not None:  # not a view, which would keep those of the queue
             codes = [code[:, :samples].clone() for code in codes]
-    return [
-        HeadLoss(loss(of_head, code, batch.sample_weight), SwAVDetails(code, of_head.detach()))
-        for of_head, code in zip(scores, codes, strict=True)
-    ]
+    results = []
+    for of_head, code, error in zip(scores, codes, errors, strict=True):
+        of_codes = SwAVDetails(code, of_head.detach())
+        if error is not None:
+            of_codes.marginal_error = error
+        results.append(HeadLoss(loss(of_head, code, batch.sample_weight), of_codes))
+    return results
 
 
-def _with_queued(batch: Batch, head: PrototypeLayer, scores: Tensor) -> Tensor:
+def _masked(scores: Tensor, nan_rows: Tensor | None) -> Tensor:
+    return scores if nan_rows is None else scores.masked_fill(nan_rows, torch.nan)
+
+
+def _scores_to_code(batch: Batch, head: Head, scores: Tensor) -> Tensor:
     """Return the scores that codes are computed on, (A, B + L, K), in float32 or better."""
-    current = scores.detach()[: batch.num_code_views]
+    if batch.code_features is None:
+        current = scores[: batch.num_code_views]
+    else:
+        current = _masked(head.code_prototypes(batch.code_features), batch.code_nan_rows)
     current = current.to(at_least_float32(current.dtype))
     if batch.queued is None:
         return current
-    return torch.cat([current, head(batch.queued).to(current.dtype)], dim=1)
+    return torch.cat([current, head.code_prototypes(batch.queued).to(current.dtype)], dim=1)
+
+
+def _marginal_error(
+    codes: Tensor, weight: Tensor | None, prior: Tensor | None, sinkhorn: SinkhornKnopp
+) -> Tensor:
+    group = sinkhorn._participants()
+    return marginal_error(
+        codes,
+        sample_weight=weight,
+        prototype_weight=prior,
+        process_group=group,
+        synchronize=group is not None,
+    )
 
 
 def _fused(
     batch: Batch,
-    heads: Sequence[PrototypeLayer],
+    heads: Sequence[Head],
     sinkhorn: SinkhornKnopp,
     loss: nn.Module,
     most_bytes_of_kernels: int,
 ) -> list[HeadLoss]:
     """Compute the losses block by block, without the scores of all views."""
-    factors = [head._factors(batch.features, batch.frozen) for head in heads]
-    features, _ = factors[0]
+    factors = [head.prototypes._factors(batch.features, batch.frozen) for head in heads]
+    code_factors = None
+    if batch.code_features is not None:
+        with torch.no_grad():
+            code_factors = [
+                head.code_prototypes._factors(batch.code_features, None) for head in heads
+            ]
+    features, _ = (code_factors or factors)[0]
     group = sinkhorn._participants()
+    priors = [head.prototype_weight for head in heads]
     sinkhorn._compare(
         group,
         batch.num_code_views * len(heads),
-        sum(head.num_prototypes for head in heads),
+        sum(head.prototypes.num_prototypes for head in heads),
         at_least_float32(product_dtype(features)),
         features.device,
+        any(prior is not None for prior in priors),
     )
     losses = fused_losses(
         factors,
+        code_factors,
         None if batch.queued is None else unit_rows(batch.queued),
         num_code_views=batch.num_code_views,
         code_weight=batch.code_weight(),
         sample_weight=batch.sample_weight,
-        temperature=_checks.positive_float("temperature", loss.temperature),
+        prototype_weights=priors,
+        temperature=_checks.positive_setting("temperature", loss.temperature),
         settings=sinkhorn._settings(),
         group=group,
         most_bytes_of_kernels=most_bytes_of_kernels,

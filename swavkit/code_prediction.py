@@ -188,7 +188,7 @@ def _check(scores: Tensor, codes: Tensor, sample_weight: Tensor | None) -> None:
     expected = scores.shape if codes.is_floating_point() else scores.shape[:-1]
     if not _checks.same_shape(codes.shape, expected):
         raise ValueError(
-            f"codes of {codes.dtype} must have shape {tuple(expected)} for scores of shape "
+            f"codes must have shape {tuple(expected)} with {codes.dtype}, for scores of shape "
             f"{tuple(scores.shape)}, got {tuple(codes.shape)}"
         )
     _checks.same_device("codes", codes, scores)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -10,7 +12,15 @@ from torch import Tensor, nn
 
 from swavkit import _checks
 from swavkit._activation_checkpointing import Recomputation, keeping_what_it_saves
-from swavkit._head_losses import Batch, SwAVDetails, head_losses, part_of_mean
+from swavkit._head_losses import (
+    Batch,
+    Head,
+    SwAVDetails,
+    checked_code_heads,
+    checked_code_views,
+    head_losses,
+    part_of_mean,
+)
 from swavkit._own_state import OwnState
 from swavkit._tensors import autocast_disabled
 from swavkit.distributed.agreement import Agreement, checksum
@@ -111,6 +121,14 @@ class SwAVLoss(OwnState):
         prototype_gradient: The treatment of the norm of the stored prototypes, see
             :class:`PrototypeLayer`.
         queue_dtype: The floating dtype of the queue's features, see :class:`FeatureQueue`.
+        hard: Whether codes are rounded to their largest entry. This and the next two settings are
+            those of :class:`SinkhornKnopp`.
+        relaxation: The strength ρ > 0 of the constraint on the prototypes' masses.
+        tolerance: Stop iterations when the marginal error is at most this; reads a value on the
+            host. :attr:`SwAVDetails.marginal_error` is the error that was reached.
+        prototype_weight: (K,) relative masses of the prototypes, such as a
+            :func:`power_law_prior`; equal masses if ``None``. For a sequence of heads, a sequence
+            with an entry or ``None`` for each. It is a setting, and not in the state dict.
 
     Attributes:
         prototypes: The :class:`PrototypeLayer`; for a sequence of numbers, of length 1 too, a
@@ -152,8 +170,8 @@ class SwAVLoss(OwnState):
         num_prototypes: int | Sequence[int],
         *,
         num_code_views: int = 2,
-        temperature: float = 0.1,
-        epsilon: float = 0.05,
+        temperature: float | Tensor = 0.1,
+        epsilon: float | Tensor = 0.05,
         iterations: int = 3,
         queue_length: int = 0,
         queue_start: int = 0,
@@ -165,6 +183,10 @@ class SwAVLoss(OwnState):
         prototype_gradient: Literal["tangent", "published"] = "tangent",
         queue_dtype: torch.dtype | None = None,
         shard_prototypes: bool = False,
+        hard: bool = False,
+        relaxation: float = math.inf,
+        tolerance: float | None = None,
+        prototype_weight: Tensor | Sequence[Tensor | None] | None = None,
     ) -> None:
         super().__init__()
         self.num_code_views = num_code_views
@@ -183,8 +205,16 @@ class SwAVLoss(OwnState):
         else:
             prototypes = layer(feature_dim, num_prototypes, gradient=prototype_gradient)
         self.prototypes: _Prototypes = prototypes
+        self.prototype_weight = prototype_weight
+        self._priors(torch.device("cpu"))
         self.sinkhorn = SinkhornKnopp(
-            epsilon, iterations, process_group=process_group, synchronize=synchronize
+            epsilon,
+            iterations,
+            process_group=process_group,
+            synchronize=synchronize,
+            relaxation=relaxation,
+            tolerance=tolerance,
+            hard=hard,
         )
         self.loss = SwappedPredictionLoss(temperature)
         self.queue = None
@@ -213,6 +243,8 @@ class SwAVLoss(OwnState):
         self,
         features: Tensor | Sequence[Tensor],
         *,
+        code_features: Tensor | Sequence[Tensor] | None = None,
+        code_prototypes: PrototypeLayer | Iterable[PrototypeLayer] | None = None,
         sample_weight: Tensor | None = None,
         return_details: Literal[False] = False,
     ) -> Tensor: ...
@@ -222,6 +254,8 @@ class SwAVLoss(OwnState):
         self,
         features: Tensor | Sequence[Tensor],
         *,
+        code_features: Tensor | Sequence[Tensor] | None = None,
+        code_prototypes: PrototypeLayer | Iterable[PrototypeLayer] | None = None,
         sample_weight: Tensor | None = None,
         return_details: Literal[True],
     ) -> tuple[Tensor, SwAVDetails | tuple[SwAVDetails, ...]]: ...
@@ -231,6 +265,8 @@ class SwAVLoss(OwnState):
         self,
         features: Tensor | Sequence[Tensor],
         *,
+        code_features: Tensor | Sequence[Tensor] | None = None,
+        code_prototypes: PrototypeLayer | Iterable[PrototypeLayer] | None = None,
         sample_weight: Tensor | None = None,
         return_details: bool = False,
     ) -> Tensor | tuple[Tensor, SwAVDetails | tuple[SwAVDetails, ...]]:
@@ -239,6 +275,12 @@ class SwAVLoss(OwnState):
         Args:
             features: (V, B, D) features of V views of B images, of any norm, or a sequence of V
                 tensors (B, D); the code views first.
+            code_features: (A, B, D) features that give the codes and enter the queue in place of
+                those of the code views, such as a teacher's; or a sequence of A tensors (B, D).
+                They get no gradient.
+            code_prototypes: The :class:`PrototypeLayer` that scores ``code_features`` and the
+                queue, such as a teacher's; for a sequence of heads, one for each. It gets no
+                gradient. By default the module's own.
             sample_weight: (B,) weights of the samples in the codes and in the loss, bool or
                 floating. A sample of weight 0 takes no part and does not enter the queue.
             return_details: Whether to return ``(loss, details)``.
@@ -257,6 +299,11 @@ class SwAVLoss(OwnState):
             last=heads[0].feature_dim,
         )
         _checks.untransformed("features", views[0])
+        code_views, code_heads = None, heads
+        if code_features is not None:
+            code_views = checked_code_views(code_features, self.num_code_views, views[0])
+        if code_prototypes is not None:
+            code_heads = checked_code_heads(code_prototypes, heads)
         if sample_weight is not None:
             _checks.weight("sample_weight", sample_weight, (views[0].shape[:1],), views[0])
         _checks.same_device("features", views[0], heads[0].weight, self)
@@ -268,11 +315,23 @@ class SwAVLoss(OwnState):
             group = _checks.instance("sinkhorn", self.sinkhorn, SinkhornKnopp)._participants()
         repeated = self._recomputation.detected(self.queue, self.freeze_steps, return_details)
         if not repeated:
-            self._agreement.require(self._record, group, views[0].device, advice=_ADVICE)
+            record = partial(self._record, code_heads)
+            self._agreement.require(record, group, views[0].device, advice=_ADVICE)
 
-        batch = self._batch(features, views, sample_weight)
+        taught = code_features is not None or code_prototypes is not None
+        batch = self._batch(
+            features if isinstance(features, Tensor) else views,
+            (code_views or views[: self.num_code_views]) if taught else None,
+            sample_weight,
+        )
         mean_part = part_of_mean(batch, group) if self.reduction == "global_mean" else None
-        parts = batch, heads, self.sinkhorn, self.loss
+        priors = self._priors(views[0].device)
+        parts = (
+            batch,
+            [Head(*parts) for parts in zip(heads, code_heads, priors, strict=True)],
+            self.sinkhorn,
+            self.loss,
+        )
         if isinstance(heads[0], ShardedPrototypeLayer):
             results = sharded_head_losses(*parts, group, memory=self.memory, details=return_details)
         else:
@@ -285,7 +344,8 @@ class SwAVLoss(OwnState):
         if self.training and not repeated:
             if self.queue is not None:
                 present = None if sample_weight is None else sample_weight != 0
-                newest = [unit_rows(view.detach()) for view in views[: self.num_code_views]]
+                newest = code_views or views[: self.num_code_views]
+                newest = [unit_rows(view.detach()) for view in newest]
                 self.queue.push(newest, valid=present)
             self.steps.add_(1)
         if not return_details:
@@ -298,21 +358,15 @@ class SwAVLoss(OwnState):
 
     def _batch(
         self,
-        features: Tensor | Sequence[Tensor],
-        views: list[Tensor],
+        features: Tensor | list[Tensor],
+        code_views: list[Tensor] | None,
         sample_weight: Tensor | None,
     ) -> Batch:
-        together = features
-        if not isinstance(together, Tensor):
-            with autocast_disabled(views[0].device):  # which does not stack half precisions
-                together = torch.stack(views)  # (V, B, D)
-        nan_rows = None
-        if sample_weight is not None:
-            # An absent sample may hold NaN, which the product would spread to every gradient as
-            # 0 · NaN. Its features become zeros here, and its scores NaN again.
-            finite = together.detach().isfinite().all(dim=-1, keepdim=True)
-            nan_rows = (sample_weight == 0).unsqueeze(-1) & ~finite  # (V, B, 1)
-            together = together.masked_fill(nan_rows, 0)
+        together, nan_rows = _together(features, sample_weight)
+        code_features = code_nan_rows = None
+        if code_views is not None:
+            with torch.no_grad():
+                code_features, code_nan_rows = _together(code_views, sample_weight)
         queued = queue_mask = None
         if self.queue is not None:
             queued = self.queue.features
@@ -321,11 +375,24 @@ class SwAVLoss(OwnState):
             features=together,
             nan_rows=nan_rows,
             num_code_views=self.num_code_views,
+            code_features=code_features,
+            code_nan_rows=code_nan_rows,
             sample_weight=sample_weight,
             queued=queued,
             queue_mask=queue_mask,
             frozen=self.steps < self.freeze_steps if self.freeze_steps else None,
         )
+
+    def _priors(self, device: torch.device) -> list[Tensor | None]:
+        """Return the relative masses of the prototypes of each head, moved to ``device`` once."""
+        several = isinstance(self.prototypes, nn.ModuleList)
+        priors = _checks.prototype_weights(
+            self.prototype_weight, [head.num_prototypes for head in self._heads()], several
+        )
+        if any(prior is not None and prior.device != device for prior in priors):
+            priors = [None if prior is None else prior.to(device) for prior in priors]
+            self.prototype_weight = priors if several else priors[0]
+        return priors
 
     def check_ranks(self) -> None:
         """Compare settings and prototypes over all ranks, which must all call.
@@ -339,7 +406,8 @@ class SwAVLoss(OwnState):
         sinkhorn = _checks.instance("sinkhorn", self.sinkhorn, SinkhornKnopp)
         group = participants(sinkhorn.process_group, True)
         device = device_for(group, self.steps.device)
-        self._agreement.require(self._record, group, device, advice=_ADVICE, again=True)
+        record = partial(self._record, self._heads())
+        self._agreement.require(record, group, device, advice=_ADVICE, again=True)
 
     def _check_settings(self) -> None:
         """Check the settings, at construction and again at each use."""
@@ -349,13 +417,13 @@ class SwAVLoss(OwnState):
         _checks.choice("memory", self.memory, ("full", "streamed", "auto"))
         _checks.choice("reduction", self.reduction, ("mean", "global_mean"))
 
-    def _record(self) -> dict[str, Any]:
+    def _record(self, code_heads: Sequence[PrototypeLayer]) -> dict[str, Any]:
         """Return what must be the same on all ranks, as ``agreement.py`` compares it."""
         heads = self._heads()
         sizes: list[int | None] = [head.num_prototypes for head in heads[:_COMPARED_HEADS]]
         sizes += [None] * (_COMPARED_HEADS - len(sizes))
-        # Shards of prototypes are parts of one matrix: there is nothing to compare.
-        checksums = [checksum(head.weight) for head in heads if not is_sharded(head.weight)]
+        others = [layer for layer, head in zip(code_heads, heads, strict=True) if layer is not head]
+        priors = [prior for prior in self._priors(heads[0].weight.device) if prior is not None]
         return {
             "the number of heads": len(heads),
             "num_prototypes": sum(head.num_prototypes for head in heads),
@@ -370,9 +438,16 @@ class SwAVLoss(OwnState):
             "steps": self.steps,
             **self.sinkhorn._settings()._asdict(),
             _ONE_BY_ONE: len(heads) > 1 and not _checks.is_plainly(self.sinkhorn, SinkhornKnopp),
-            "the checksum of the prototypes": checksum(torch.stack(checksums).unsqueeze(1))
-            if checksums
-            else None,
+            # Shards of prototypes are parts of one matrix: there is nothing to compare.
+            "the checksum of the prototypes": _checksum(
+                [head.weight for head in heads if not is_sharded(head.weight)]
+            ),
+            "the checksum of code_prototypes": _checksum(
+                [layer.weight for layer in others if not is_sharded(layer.weight)]
+            ),
+            "the checksum of prototype_weight": _checksum(
+                [prior.double().unsqueeze(1) for prior in priors]
+            ),
         }
 
     def _heads(self) -> list[PrototypeLayer]:
@@ -385,3 +460,28 @@ class SwAVLoss(OwnState):
             f"num_code_views={self.num_code_views}, queue_start={self.queue_start}, "
             f"freeze_steps={self.freeze_steps}, reduction={self.reduction!r}"
         )
+
+
+def _together(
+    views: Tensor | list[Tensor], sample_weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the views (V, B, D) as one tensor, and the rows (V, B, 1) whose scores are NaN.
+
+    An absent sample may hold NaN, which the product would spread to every gradient as 0 · NaN. Its
+    features become zeros.
+    """
+    if not isinstance(views, Tensor):
+        with autocast_disabled(views[0].device):  # which does not stack half precisions
+            views = torch.stack(views)
+    if sample_weight is None:
+        return views, None
+    finite = views.detach().isfinite().all(dim=-1, keepdim=True)
+    nan_rows = (sample_weight == 0).unsqueeze(-1) & ~finite
+    return views.masked_fill(nan_rows, 0), nan_rows
+
+
+def _checksum(matrices: list[Tensor]) -> Tensor | None:
+    """Return one checksum of several matrices; ``None`` of none."""
+    if not matrices:
+        return None
+    return checksum(torch.stack([checksum(matrix) for matrix in matrices]).unsqueeze(1))

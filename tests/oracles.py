@@ -145,6 +145,76 @@ def loss_gradient(scores: np.ndarray, codes: np.ndarray, temperature: float) -> 
     return gradient / (temperature * samples * len(codes) * (views - 1))
 
 
+def code_prediction_errors(
+    scores: np.ndarray,
+    codes: np.ndarray,
+    temperature: float,
+    sample_weight: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return the weighted cross-entropies (...) of (..., K) scores with the codes at their places.
+
+    Codes are (..., K), or (...) integers, the index of the one entry of 1.
+    """
+    errors = np.zeros(scores.shape[:-1])
+    for place in np.ndindex(errors.shape):
+        weight = 1.0 if sample_weight is None else float(sample_weight[place])
+        if weight == 0:
+            continue
+        logits = scores[place] / temperature
+        log_prediction = logits - log_sum_exp(logits)
+        if np.issubdtype(codes.dtype, np.integer):
+            errors[place] = -weight * log_prediction[codes[place]]
+        else:
+            used = codes[place] > 0  # 0 · log 0 is 0
+            errors[place] = -weight * np.sum(codes[place][used] * log_prediction[used])
+    return errors
+
+
+def code_prediction_loss(
+    scores: np.ndarray,
+    codes: np.ndarray,
+    temperature: float,
+    sample_weight: np.ndarray | None = None,
+    reduction: str = "mean",
+) -> np.ndarray:
+    """Return the cross-entropies, their sum, or their mean over the weights."""
+    errors = code_prediction_errors(scores, codes, temperature, sample_weight)
+    if reduction == "none":
+        return errors
+    total = np.sum(errors)
+    if reduction == "sum":
+        return total
+    weight = float(errors.size) if sample_weight is None else float(np.sum(sample_weight))
+    return total / weight if weight else np.zeros(())
+
+
+def code_prediction_gradient(
+    scores: np.ndarray,
+    codes: np.ndarray,
+    temperature: float,
+    sample_weight: np.ndarray | None = None,
+    reduction: str = "mean",
+) -> np.ndarray:
+    """Return the gradient (..., K) of the loss, or of the sum of the losses without reduction."""
+    gradient = np.zeros(scores.shape)
+    places = scores.shape[:-1]
+    weights = np.ones(places) if sample_weight is None else np.asarray(sample_weight, float)
+    for place in np.ndindex(places):
+        if weights[place] == 0:
+            continue
+        if np.issubdtype(codes.dtype, np.integer):
+            code = np.zeros(scores.shape[-1])
+            code[codes[place]] = 1
+        else:
+            code = codes[place]
+        logits = scores[place] / temperature
+        prediction = np.exp(logits - log_sum_exp(logits))
+        gradient[place] = weights[place] * (code.sum() * prediction - code) / temperature
+    if reduction == "mean" and weights.sum() > 0:
+        gradient /= weights.sum()
+    return gradient
+
+
 def unit_rows(rows: np.ndarray) -> np.ndarray:
     """Return (N, D) rows of length 1; a zero row stays zero."""
     result = np.zeros_like(rows, dtype=np.float64)
@@ -185,18 +255,29 @@ def swav_loss(
     iterations: int,
     queue: Ring | None = None,
     queue_takes_part: bool = True,
+    code_features: np.ndarray | None = None,
+    code_prototypes: np.ndarray | None = None,
+    prototype_weight: np.ndarray | None = None,
 ) -> float:
-    """Return the loss of (V, B, D) features; the codes also see the queue, which is then filled."""
+    """Return the loss of (V, B, D) features; the codes also see the queue, which is then filled.
+
+    With a teacher, its features (A, B, D) and prototypes (K, D) give the codes and fill the queue.
+    """
     scores = np.stack([cosines(view, prototypes) for view in features])
+    code_features = features[:code_views] if code_features is None else code_features
+    code_prototypes = prototypes if code_prototypes is None else code_prototypes
     samples = features.shape[1]
     codes = []
     for view in range(code_views):
-        rows = [scores[view]]
+        rows = [cosines(code_features[view], code_prototypes)]
         if queue is not None and queue_takes_part:
             recent = [slot[view] for slot in queue.slots if slot is not None]
             if recent:
-                rows.append(cosines(np.stack(recent), prototypes))
-        codes.append(sinkhorn(np.concatenate(rows), epsilon, iterations)[:samples])
+                rows.append(cosines(np.stack(recent), code_prototypes))
+        found = sinkhorn(
+            np.concatenate(rows), epsilon, iterations, prototype_weight=prototype_weight
+        )
+        codes.append(found[:samples])
     if queue is not None:
-        queue.push(np.stack([unit_rows(view) for view in features[:code_views]]))
+        queue.push(np.stack([unit_rows(view) for view in code_features]))
     return loss(scores, np.stack(codes), temperature)

@@ -42,6 +42,20 @@ class LossProblem:
     temperature: float
 
 
+@dataclass(frozen=True)
+class PredictionProblem:
+    """Scores (..., K), and codes (..., K) whose rows need not sum to 1, or (...) indices."""
+
+    scores: np.ndarray
+    codes: np.ndarray
+    temperature: float
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The leading dimensions."""
+        return self.scores.shape[:-1]
+
+
 def reals(*shape: int, low: float = -1.0, high: float = 1.0) -> st.SearchStrategy[np.ndarray]:
     """Return arrays of numbers that float32 holds exactly, so that no rounding of input counts."""
     return arrays(np.float32, shape, elements=st.floats(low, high, width=32)).map(np.float64)
@@ -95,6 +109,19 @@ def loss_problems(draw: st.DrawFn) -> LossProblem:
         draw(reals(code_views, samples, prototypes, low=0.0)),
         draw(st.sampled_from([0.05, 0.1, 1.0])),
     )
+
+
+@st.composite
+def prediction_problems(draw: st.DrawFn, hard: bool | None = None) -> PredictionProblem:
+    """Draw a problem with leading dimensions of any number and size, no place at all included."""
+    places = tuple(draw(st.lists(st.integers(0, 3), max_size=3)))
+    prototypes = draw(st.integers(1, 6))
+    if draw(st.booleans()) if hard is None else hard:
+        codes = draw(arrays(np.int64, places, elements=st.integers(0, prototypes - 1)))
+    else:
+        codes = draw(reals(*places, prototypes, low=0.0))
+    scores = draw(reals(*places, prototypes))
+    return PredictionProblem(scores, codes, draw(st.sampled_from([0.05, 0.1, 1.0])))
 
 
 @st.composite

@@ -507,6 +507,8 @@ def test_a_second_run_into_the_folder_is_refused(
 
 
 def test_an_interrupted_run_names_resume(tmp_path: Path) -> None:
+    # A background job ignores the signal, and its children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = start(tmp_path, *TINY, "--epochs", "1000")
     while not (tmp_path / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.01)

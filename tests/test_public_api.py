@@ -32,7 +32,7 @@ CROPS = (CropGroup(224, 2, (0.14, 1.0)), CropGroup(96, 6, (0.05, 0.14)))
 CALLS = {
     "sinkhorn_knopp": "(scores, *, epsilon=0.05, iterations=3, sample_weight=None, "
     "prototype_weight=None, process_group=None, synchronize=True, relaxation=inf, tolerance=None, "
-    "hard=False, validate=False)",
+    "hard=False, validate=False, dtype=None)",
     "marginal_error": "(codes, *, sample_weight=None, prototype_weight=None, process_group=None, "
     "synchronize=True)",
     "power_law_prior": "(num_prototypes, exponent=0.25)",
@@ -43,7 +43,7 @@ CALLS = {
     "CodePredictionLoss.forward": "(self, scores, codes, sample_weight=None)",
     "multi_crop_forward": "(network, crops, *, key=None)",
     "SinkhornKnopp": "(epsilon=0.05, iterations=3, *, process_group=None, synchronize=True, "
-    "relaxation=inf, tolerance=None, hard=False, validate=False)",
+    "relaxation=inf, tolerance=None, hard=False, validate=False, dtype=None)",
     "SinkhornKnopp.forward": "(self, scores, sample_weight=None, prototype_weight=None)",
     "PrototypeLayer": "(feature_dim, num_prototypes, *, gradient='tangent')",
     "PrototypeLayer.forward": "(self, features, *, frozen=None)",
@@ -70,10 +70,12 @@ CALLS = {
     "SwAVLoss": "(feature_dim, num_prototypes, *, num_code_views=2, temperature=0.1, "
     "epsilon=0.05, iterations=3, queue_length=0, queue_start=0, freeze_steps=0, "
     "memory='auto', reduction='mean', process_group=None, synchronize=True, "
-    "prototype_gradient='tangent', queue_dtype=None, shard_prototypes=False)",
+    "prototype_gradient='tangent', queue_dtype=None, shard_prototypes=False, "
+    "hard=False, relaxation=inf, tolerance=None, prototype_weight=None)",
     "SwAVLoss.check_ranks": "(self)",
     "SwAVLoss.reset_parameters": "(self)",
-    "SwAVLoss.forward": "(self, features, *, sample_weight=None, return_details=False)",
+    "SwAVLoss.forward": "(self, features, *, code_features=None, code_prototypes=None, "
+    "sample_weight=None, return_details=False)",
     "SwAVDetails": "(codes, scores)",
     "sharded_state_dict": "(module, *, checkpoint=None, process_group=None)",
     "load_sharded_state_dict": "(module, state_dict, *, strict=True, process_group=None)",

@@ -39,6 +39,7 @@ from swavkit.fused.score_blocks import BlockScores, find_memory
 from swavkit.sinkhorn.functional import Settings, one_hot
 from swavkit.sinkhorn.iterations import find_u
 from swavkit.sinkhorn.kernel import Kernel
+from swavkit.sinkhorn.marginals import target_marginal
 from swavkit.swapped_prediction import errors_of_samples
 
 if TYPE_CHECKING:
@@ -47,12 +48,14 @@ if TYPE_CHECKING:
 
 def fused_losses(
     factors: Sequence[tuple[Tensor, Tensor]],
+    code_factors: Sequence[tuple[Tensor, Tensor]] | None,
     queued: Tensor | None,
     *,
     num_code_views: int,
     code_weight: Tensor | None,
     sample_weight: Tensor | None,
-    temperature: float,
+    prototype_weights: Sequence[Tensor | None],
+    temperature: float | Tensor,
     settings: Settings,
     group: ProcessGroup | None,
     most_bytes_of_kernels: int,
@@ -62,10 +65,13 @@ def fused_losses(
     Args:
         factors: The features and the prototypes of each head, in one dtype: (V, B, D) unit rows,
             the code views first, finite even for samples of weight 0; and (K, D) unit rows.
+        code_factors: Those of a teacher, (A, B, D) and (K, D), whose products give the codes; or
+            ``None`` for those of the code views.
         queued: (A, L, D) unit rows from the queue, or ``None``.
         num_code_views: A.
         code_weight: (B + L,) weights in the codes, bool or floating, or ``None``.
         sample_weight: (B,) weights in the loss, bool or floating, or ``None``.
+        prototype_weights: (K,) relative masses of the prototypes of each head, or ``None``.
         temperature: τ.
         settings: The settings of :func:`~swavkit.sinkhorn_knopp`.
         group: The ranks that share the batch for codes.
@@ -78,24 +84,24 @@ def fused_losses(
     needs_gradients = [
         tuple(tracked and factor.requires_grad for factor in pair) for pair in factors
     ]
-    dtypes = [product_dtype(features) for features, _ in factors]  # before autocast is disabled
+    predicting = [_in_product_dtype(*pair) for pair in factors]  # before autocast is disabled
+    coding = code_factors and [_in_product_dtype(*pair) for pair in code_factors]
     with torch.no_grad(), autocast_disabled(factors[0][0].device):
-        head_scores = []
-        for (features, directions), dtype in zip(factors, dtypes, strict=True):
-            head_scores.append(
-                BlockScores(
-                    features.detach().to(dtype),
-                    directions.detach().to(dtype),
-                    None if queued is None else queued.to(dtype),
-                    num_code_views,
-                )
-            )
+        head_scores = [
+            BlockScores(*pair, coding[head] if coding else None, queued, num_code_views)
+            for head, pair in enumerate(predicting)
+        ]
         find_memory(head_scores, most_bytes_of_kernels)
-        kernels = [scores.kernel(code_weight, settings.epsilon) for scores in head_scores]
-        equal_masses = [None] * len(kernels)
+        kernels = [
+            scores.kernel(code_weight, prototype_weight, settings.epsilon)
+            for scores, prototype_weight in zip(head_scores, prototype_weights, strict=True)
+        ]
         find_u(
             kernels,
-            equal_masses,
+            [
+                target_marginal(weight, kernel.log_mass)
+                for weight, kernel in zip(prototype_weights, kernels, strict=True)
+            ],
             settings.iterations,
             settings.relaxation,
             settings.tolerance,
@@ -111,11 +117,16 @@ def fused_losses(
     ]
 
 
+def _in_product_dtype(features: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = product_dtype(features)
+    return features.detach().to(dtype), directions.detach().to(dtype)
+
+
 def _loss(
     scores: BlockScores,
     kernel: Kernel,
     sample_weight: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
     hard: bool,
     needs_features: bool,
     needs_directions: bool,
@@ -135,9 +146,11 @@ def _loss(
     loss = pair_weight.new_zeros(())
     for rows, parts in scores.blocks:
         block_scores = scores.of(features[:, rows])  # (V, b, K)
+        code_scores = scores.code_scores(kernel, rows, block_scores)  # (A, b, K)
         for part in parts:
-            part_scores = block_scores[:, part.start - rows.start : part.stop - rows.start]
-            codes = scores.codes(kernel, part, part_scores[:code_views])
+            inside = slice(part.start - rows.start, part.stop - rows.start)
+            part_scores = block_scores[:, inside]
+            codes = scores.codes(kernel, part, code_scores[:, inside])
             errors, scale = errors_of_samples(
                 list(part_scores),
                 [one_hot(code) for code in codes] if hard else codes,

@@ -36,24 +36,37 @@ class BlockScores:
     Args:
         features: (V, B, D), in the dtype of the products.
         directions: (K, D).
-        queued: (A, L, D), appended to the features of the code views; or ``None``.
+        code_factors: The factors (A, B, D) and (K, D) of the scores that give the codes; ``None``
+            for the features of the code views and ``directions``.
+        queued: (A, L, D), appended to the features that give the codes; or ``None``.
         num_code_views: A.
     """
 
     def __init__(
-        self, features: Tensor, directions: Tensor, queued: Tensor | None, num_code_views: int
+        self,
+        features: Tensor,
+        directions: Tensor,
+        code_factors: tuple[Tensor, Tensor] | None,
+        queued: Tensor | None,
+        num_code_views: int,
     ) -> None:
         self.features, self.directions = features, directions
-        self.dtype = at_least_float32(features.dtype)  # of all arithmetic but the products
-        self.code_features = features[:num_code_views]  # (A, B + L, D)
+        self.shares_scores = code_factors is None  # of the code views
+        code_features, self.code_directions = code_factors or (
+            features[:num_code_views],
+            directions,
+        )
+        self.dtype = at_least_float32(code_features.dtype)  # of the codes
+        self.code_features = code_features  # (A, B + L, D)
         if queued is not None:
-            self.code_features = torch.cat([self.code_features, queued], dim=1)
+            self.code_features = torch.cat([code_features, queued.to(code_features.dtype)], dim=1)
         views, samples, _ = features.shape
         self.blocks = self._blocks(views, 0, samples)
         self.code_blocks = self._blocks(num_code_views, 0, samples)
         self.code_blocks += self._blocks(num_code_views, samples, self.code_features.shape[1])
         self.current = features[:0, :0], 0  # scores of a code block, and its first sample
-        self.block_memory: Tensor | None = None  # for the scores of a block
+        self.block_memory: Tensor | None = None  # for the scores of a block, as bytes
+        self.code_memory: Tensor | None = None  # for those that give codes, which may be the same
         self.part_memory: Tensor | None = None  # for P of a part, flat
         self.all_p: Tensor | None = None  # (A, B + L, K), P of all samples, if it is kept
 
@@ -76,20 +89,28 @@ class BlockScores:
         """The parts of the samples of the code views."""
         return [part for _, parts in self.code_blocks for part in parts]
 
-    def bytes_of_blocks(self) -> tuple[int, int]:
-        """Return the largest size of the scores of a block and of P of a part, in bytes."""
-        views, code_views = len(self.features), len(self.code_features)
-        blocks = [rows for rows, _ in self.blocks]
-        code_blocks = [rows for rows, _ in self.code_blocks]
-        rows = max(views * _most(blocks), code_views * _most(code_blocks))
-        part = _most([part for _, parts in self.blocks + self.code_blocks for part in parts])
-        return (
-            rows * len(self.directions) * self.features.dtype.itemsize,
-            code_views * part * len(self.directions) * self.dtype.itemsize * (self.all_p is None),
-        )
+    def bytes_of_blocks(self) -> tuple[int, int, int]:
+        """Return the bytes of a block's scores, of scores that give codes, and of P of a part.
 
-    def kernel(self, weight: Tensor | None, epsilon: float) -> Kernel:
-        """Return a new kernel of the code views, for equal masses of prototypes."""
+        Those of the second kind are 0 if they can take the memory of the first.
+        """
+        blocks = _most([rows for rows, _ in self.blocks])
+        code_blocks = _most([rows for rows, _ in self.code_blocks])
+        scores = len(self.features) * blocks * self.features.dtype.itemsize
+        code_scores = len(self.code_features) * self.code_features.dtype.itemsize
+        if self.shares_scores:
+            scores, code_scores = max(scores, code_scores * code_blocks), 0
+        else:
+            code_scores *= max(blocks, code_blocks)
+        part = _most([part for _, parts in self.blocks + self.code_blocks for part in parts])
+        part *= len(self.code_features) * self.dtype.itemsize * (self.all_p is None)
+        prototypes = len(self.directions)
+        return scores * prototypes, code_scores * prototypes, part * prototypes
+
+    def kernel(
+        self, weight: Tensor | None, prototype_weight: Tensor | None, epsilon: float | Tensor
+    ) -> Kernel:
+        """Return a new kernel of the code views."""
         shape = self.code_features.shape[:-1]
         # If all of P is kept, a part of several views is not contiguous in it.
         views = [slice(None)] if self.all_p is None else range(len(self.code_features))
@@ -99,7 +120,9 @@ class BlockScores:
             masses(weight, shape, self.features.device, self.dtype),
             len(self.directions),
             weighted=weight is not None,
-            fractional=weight is not None and weight.is_floating_point(),
+            fractional=any(
+                each is not None and each.is_floating_point() for each in (weight, prototype_weight)
+            ),
             epsilon=epsilon,
             codes=self.all_p,
             memory=self.part_memory,
@@ -112,12 +135,12 @@ class BlockScores:
         if view in (0, slice(None)):
             for block, _ in self.code_blocks:  # not a dict, whose keys torch.compile fixes
                 if block.start == rows.start:
-                    self.current = self.of(self.code_features[:, block]), block.start
+                    self.current = self._code_scores(block), block.start
         scores, first = self.current
         return scores[view, rows.start - first : rows.stop - first]
 
     def codes(self, kernel: Kernel, rows: slice, scores: Tensor) -> list[Tensor]:
-        """Return the codes (b, K) of each code view for some samples, given their scores."""
+        """Return the codes (b, K) of each code view for some samples, given :meth:`code_scores`."""
         if self.all_p is None:
             return list(kernel.codes_of(kernel.block((slice(None), rows)), scores))
         return [
@@ -125,12 +148,29 @@ class BlockScores:
             for view, view_scores in enumerate(scores)
         ]
 
+    def code_scores(self, kernel: Kernel, rows: slice, scores: Tensor) -> Tensor:
+        """Return the scores (A, b, K) that give the codes of a block, given those of all views."""
+        if self.shares_scores or kernel.holds_p:  # the codes then need none
+            return scores[: len(self.code_features)]
+        return self._code_scores(rows)
+
+    def _code_scores(self, rows: slice) -> Tensor:
+        memory = self.block_memory if self.shares_scores else self.code_memory
+        return _product(self.code_features[:, rows], self.code_directions, memory)
+
     def of(self, features: Tensor) -> Tensor:
         """Return the scores (..., b, K) of features (..., b, D). The next call overwrites them."""
-        rows = features.flatten(0, -2)
-        memory = None if self.block_memory is None else self.block_memory[: len(rows)]
-        scores = torch.mm(rows, self.directions.T, out=memory)
-        return scores.view(*features.shape[:-1], len(self.directions))
+        return _product(features, self.directions, self.block_memory)
+
+
+def _product(features: Tensor, directions: Tensor, memory: Tensor | None) -> Tensor:
+    """Return the scores (..., b, K) of features (..., b, D), in some bytes of memory if given."""
+    rows = features.flatten(0, -2)
+    if memory is not None:
+        size = len(rows) * len(directions) * features.dtype.itemsize
+        memory = memory[:size].view(features.dtype).view(-1, len(directions))
+    scores = torch.mm(rows, directions.T, out=memory)
+    return scores.view(*features.shape[:-1], len(directions))
 
 
 def find_memory(heads: Sequence[BlockScores], most_bytes_of_kernels: int) -> None:
@@ -147,13 +187,12 @@ def find_memory(heads: Sequence[BlockScores], most_bytes_of_kernels: int) -> Non
             head.all_p = empty(shape, head.dtype, like)
     if torch.compiler.is_compiling():  # which allocates blocks itself
         return
-    block_bytes = [head.bytes_of_blocks() for head in heads]
-    block_memory, part_memory = (
-        empty((max(numbers),), torch.uint8, like) for numbers in zip(*block_bytes, strict=True)
+    sizes_of_heads = [head.bytes_of_blocks() for head in heads]
+    block_memory, code_memory, part_memory = (
+        empty((max(numbers),), torch.uint8, like) for numbers in zip(*sizes_of_heads, strict=True)
     )
-    for head, (block, part) in zip(heads, block_bytes, strict=True):
-        flat = block_memory[:block].view(head.features.dtype)
-        head.block_memory = flat.view(-1, len(head.directions))
+    for head, (_, _, part) in zip(heads, sizes_of_heads, strict=True):
+        head.block_memory, head.code_memory = block_memory, code_memory
         head.part_memory = part_memory[:part].view(head.dtype)
 
 

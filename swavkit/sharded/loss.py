@@ -110,7 +110,8 @@ def sharded_codes(
     sample_weight: Tensor,
     num_prototypes: int,
     *,
-    epsilon: float,
+    prototype_mass: Tensor | None,
+    epsilon: float | Tensor,
     iterations: int,
     fractional: bool,
     group: ProcessGroup | None,
@@ -126,9 +127,12 @@ def sharded_codes(
         scores: (A, N, k) scores of all samples with the prototypes of this rank; k may be 0.
         sample_weight: (N,) multiplicities.
         num_prototypes: K.
+        prototype_mass: (k,) target marginal of the prototypes of this rank, whose sum over ranks is
+            1; ``None`` for 1/K.
         epsilon: ε.
         iterations: The number of iterations.
-        fractional: Whether weights may be other than 0 and 1; the same on all ranks.
+        fractional: Whether weights may be other than 0 and 1, or masses of prototypes unequal; the
+            same on all ranks.
         group: The ranks that have the other prototypes.
 
     Returns:
@@ -149,6 +153,8 @@ def sharded_codes(
                 plan = exponents + (mass.log() + log_v).unsqueeze(-1)
                 log_u = -plan.logsumexp(dim=-2, keepdim=True)
                 log_u.masked_fill_(log_u == torch.inf, 0)  # no sample is present
+                if prototype_mass is not None:
+                    log_u += prototype_mass.log()
                 torch.add(exponents, log_u, out=plan)
                 largest = max_over_ranks(largest_of_rows(plan), group)
                 plan.sub_(largest.unsqueeze(-1)).exp_()
@@ -157,8 +163,8 @@ def sharded_codes(
             else:
                 sums = over_samples(plan, mass * v)
                 # c keeps u and v near 1.
-                prototype_mass = mass.sum(dim=-1, keepdim=True) / num_prototypes
-                u = (prototype_mass / sums).masked_fill_(sums == 0, 1)
+                equal_mass = mass.sum(dim=-1, keepdim=True) / num_prototypes
+                u = (equal_mass / sums).masked_fill_(sums == 0, 1)
                 sums = over_prototypes(plan, u)
             sums = sum_over_ranks(sums + nan_mask, group)
             nan_mask = sums - sums  # NaN for non-finite scores of any rank
@@ -174,7 +180,7 @@ def sharded_losses(
     codes: Tensor,
     normalized_weight: Tensor,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     group: ProcessGroup | None,
 ) -> Tensor:
     """Return the contribution of each sample to the loss.

@@ -15,7 +15,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable loads the c
 from swavkit import _checks
 from swavkit._autograd import linear
 from swavkit._checks import is_plainly
-from swavkit._head_losses import Batch, HeadLoss, SwAVDetails
+from swavkit._head_losses import Batch, Head, HeadLoss, SwAVDetails
 from swavkit._prediction_errors import normalized_weights
 from swavkit._tensors import at_least_float32
 from swavkit.distributed.collectives import (
@@ -38,6 +38,7 @@ from swavkit.sharded.loss import (
     sharded_codes,
     sharded_losses,
 )
+from swavkit.sinkhorn.marginals import target_marginal
 from swavkit.sinkhorn.module import SinkhornKnopp
 from swavkit.swapped_prediction import SwappedPredictionLoss
 
@@ -160,7 +161,7 @@ def layer_class(
 @_disable_dynamo  # type: ignore[untyped-decorator, unused-ignore]
 def sharded_head_losses(
     batch: Batch,
-    heads: Sequence[PrototypeLayer],
+    heads: Sequence[Head],
     sinkhorn: nn.Module,
     loss: nn.Module,
     group: ProcessGroup | None,
@@ -179,7 +180,7 @@ def sharded_head_losses(
             "on all processes, in training mode or with synchronize='always'"
         )
     if not (
-        all(is_plainly(head, ShardedPrototypeLayer) for head in heads)
+        all(is_plainly(layer, ShardedPrototypeLayer) for head in heads for layer in head[:2])
         and is_plainly(sinkhorn, SinkhornKnopp)
         and is_plainly(loss, SwappedPredictionLoss)
     ):
@@ -191,12 +192,13 @@ def sharded_head_losses(
     assert isinstance(sinkhorn, SinkhornKnopp)
     assert isinstance(loss, SwappedPredictionLoss)
     settings = sinkhorn._settings()
-    temperature = _checks.positive_float("temperature", loss.temperature)
+    temperature = _checks.positive_setting("temperature", loss.temperature)
     unsupported = {
         "sinkhorn.hard": (settings.hard, False),
         "sinkhorn.relaxation": (settings.relaxation, math.inf),
         "sinkhorn.tolerance": (settings.tolerance, None),
         "sinkhorn.validate": (settings.validate, False),
+        "sinkhorn.dtype": (settings.dtype, None),
         "memory": (memory if memory == "streamed" else "auto", "auto"),
     }
     for name, (value, only) in unsupported.items():
@@ -211,6 +213,9 @@ def sharded_head_losses(
     both_weights = torch.stack([weight, normalized_weight], dim=1).detach()
     weight, normalized_weight = gathered(both_weights, layout).unbind(dim=1)
     features = gathered(batch.features, layout)  # (V, N, D)
+    code_features = None
+    if batch.code_features is not None:
+        code_features = gathered(batch.code_features, layout)  # (A, N, D)
     if batch.queued is not None and batch.queue_mask is not None:
         queue_layout = BatchLayout([len(batch.queue_mask)] * len(layout.sizes), group, False)
         queued = gathered(batch.queued, queue_layout)  # (A, M, D)
@@ -218,7 +223,7 @@ def sharded_head_losses(
         weight = torch.cat([weight, gathered(mask, queue_layout).squeeze(-1)])
 
     results = []
-    for head in heads:
+    for head, code_head, prototype_weight in heads:
         unit, directions = head._factors(features, batch.frozen)
         if directions.requires_grad:
             # DDP averages the gradients of other parameters over ranks, but not this one.
@@ -228,17 +233,22 @@ def sharded_head_losses(
             )
         scores = linear(unit, directions)  # (V, N, k)
         with torch.no_grad():
-            code_scores = scores[: batch.num_code_views].to(at_least_float32(scores.dtype))
+            code_scores = scores[: batch.num_code_views]
+            if code_features is not None:
+                code_scores = F.linear(*code_head._factors(code_features, None))
+            code_scores = code_scores.to(at_least_float32(code_scores.dtype))
             if batch.queued is not None:
-                queued_scores = F.linear(*head._factors(queued, None))
+                queued_scores = F.linear(*code_head._factors(queued, None))
                 code_scores = torch.cat([code_scores, queued_scores.to(code_scores.dtype)], dim=1)
+        prototype_mass = target_marginal(prototype_weight, code_scores)
         codes = sharded_codes(
             code_scores,
             weight,
             head.num_prototypes,
+            prototype_mass=None if prototype_mass is None else prototype_mass[head._held],
             epsilon=settings.epsilon,
             iterations=settings.iterations,
-            fractional=layout.fractional,
+            fractional=layout.fractional or prototype_mass is not None,
             group=group,
         )[:, : scores.shape[1]]
         sample_losses = sharded_losses(

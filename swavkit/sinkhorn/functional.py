@@ -25,7 +25,7 @@ from swavkit._tensors import at_least_float32, autocast_disabled, empty
 from swavkit.distributed.collectives import participants
 from swavkit.sinkhorn.iterations import find_u
 from swavkit.sinkhorn.kernel import Kernel, Masses, codes_at_once, fits_at_once, parts_of
-from swavkit.sinkhorn.marginals import masses, refuse_bad_values
+from swavkit.sinkhorn.marginals import masses, refuse_bad_values, target_marginal
 
 if TYPE_CHECKING:
     from swavkit.distributed.collectives import ProcessGroup
@@ -53,7 +53,7 @@ def reference(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Ten
 def sinkhorn_knopp(
     scores: Tensor,
     *,
-    epsilon: float = ...,
+    epsilon: float | Tensor = ...,
     iterations: int = ...,
     sample_weight: Tensor | None = ...,
     prototype_weight: Tensor | None = ...,
@@ -63,6 +63,7 @@ def sinkhorn_knopp(
     tolerance: float | None = ...,
     hard: bool = ...,
     validate: bool = ...,
+    dtype: torch.dtype | None = ...,
 ) -> Tensor: ...
 
 
@@ -70,7 +71,7 @@ def sinkhorn_knopp(
 def sinkhorn_knopp(
     scores: Sequence[Tensor],
     *,
-    epsilon: float = ...,
+    epsilon: float | Tensor = ...,
     iterations: int = ...,
     sample_weight: Sequence[Tensor | None] | None = ...,
     prototype_weight: Sequence[Tensor | None] | None = ...,
@@ -80,13 +81,14 @@ def sinkhorn_knopp(
     tolerance: float | None = ...,
     hard: bool = ...,
     validate: bool = ...,
+    dtype: torch.dtype | None = ...,
 ) -> list[Tensor]: ...
 
 
 def sinkhorn_knopp(
     scores: Tensor | Sequence[Tensor],
     *,
-    epsilon: float = 0.05,
+    epsilon: float | Tensor = 0.05,
     iterations: int = 3,
     sample_weight: Weights = None,
     prototype_weight: Weights = None,
@@ -96,6 +98,7 @@ def sinkhorn_knopp(
     tolerance: float | None = None,
     hard: bool = False,
     validate: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor | list[Tensor]:
     r"""Return codes that use all prototypes equally.
 
@@ -111,7 +114,9 @@ def sinkhorn_knopp(
             Leading dimensions are independent problems. A sequence of such tensors, of any shapes,
             holds further independent problems. They are solved together, with as many collectives
             as one.
-        epsilon: The entropy temperature ε > 0, in the unit of the scores.
+        epsilon: The entropy temperature ε > 0, in the unit of the scores: a number, or a floating
+            0-dim tensor, which is never read on the host. A schedule changes either without a new
+            compilation.
         iterations: The number of iterations, at least 1. The maximum number with ``tolerance``.
         sample_weight: (..., B) or (B,) multiplicities, bool or floating, at least 0. A sample of
             weight 0 takes no part, whatever its scores are. It still gets a code, from the
@@ -130,12 +135,13 @@ def sinkhorn_knopp(
             compiled. Cannot be combined with a finite ``relaxation``, which does not converge to an
             error of 0.
         hard: Whether to round each code to its largest entry. Ties are decided before codes are
-            rounded to the dtype of ``scores``.
+            rounded to ``dtype``.
         validate: Whether to check the values of scores and weights, and raise on all ranks if any
             rank has bad ones. Makes an accelerator wait and cannot be compiled.
+        dtype: The floating dtype of the codes; that of ``scores`` if ``None``.
 
     Returns:
-        (..., B, K) codes in the dtype of ``scores``, without gradient; a list of them for a
+        (..., B, K) codes in ``dtype``, without gradient; a list of them for a
         sequence of scores. Any finite scores have codes. The lowest number of a dtype excludes a
         prototype for a sample. A sample with a NaN or infinite score gets NaN codes and does not
         affect the others. A negative, NaN or infinite weight makes every code NaN. If no sample is
@@ -162,7 +168,7 @@ def sinkhorn_knopp(
         "Scaling Algorithms for Unbalanced Optimal Transport Problems", 2018.
     """
     _checks.boolean("synchronize", synchronize)
-    settings = checked_settings(epsilon, iterations, relaxation, tolerance, hard, validate)
+    settings = checked_settings(epsilon, iterations, relaxation, tolerance, hard, validate, dtype)
     group = participants(process_group, synchronize)
     problems = checked_problems(scores, sample_weight, prototype_weight)
     codes = solve(problems, settings, group)
@@ -172,12 +178,13 @@ def sinkhorn_knopp(
 class Settings(NamedTuple):
     """The settings of :func:`sinkhorn_knopp` by their names there."""
 
-    epsilon: float
+    epsilon: float | Tensor
     iterations: int
     relaxation: float
     tolerance: float | None
     hard: bool
     validate: bool
+    dtype: torch.dtype | None
 
 
 class Problem(NamedTuple):
@@ -190,8 +197,8 @@ class Problem(NamedTuple):
 
 def checked_settings(*settings: Any) -> Settings:
     """Refuse bad settings, which come in the order of the fields."""
-    epsilon, iterations, relaxation, tolerance, hard, validate = settings
-    epsilon = _checks.positive_float("epsilon", epsilon)
+    epsilon, iterations, relaxation, tolerance, hard, validate, dtype = settings
+    epsilon = _checks.positive_setting("epsilon", epsilon)
     iterations = _checks.positive_int("iterations", iterations)
     relaxation = _checks.positive_or_infinite("relaxation", relaxation)
     if tolerance is not None:
@@ -203,7 +210,9 @@ def checked_settings(*settings: Any) -> Settings:
             )
     _checks.boolean("hard", hard)
     _checks.boolean("validate", validate)
-    return Settings(epsilon, iterations, relaxation, tolerance, hard, validate)
+    if dtype is not None:
+        _checks.floating_dtype("dtype", dtype)
+    return Settings(epsilon, iterations, relaxation, tolerance, hard, validate, dtype)
 
 
 def checked_problems(
@@ -256,17 +265,18 @@ def solve(
         prototype_masses: list[Tensor | None] = []
         for problem in problems:
             scores = _without_leading_ones(problem.scores)
+            dtype = settings.dtype or scores.dtype
             if (
                 group is None
                 and _is_plain(problem, settings)
                 and fits_at_once(scores, settings.iterations)
             ):
                 found = codes_at_once(scores, settings.epsilon, settings.iterations)
-                codes.append((one_hot(found) if settings.hard else found).to(scores.dtype))
+                codes.append((one_hot(found) if settings.hard else found).to(dtype))
                 continue
-            codes.append(empty(scores.shape, scores.dtype, scores))
+            codes.append(empty(scores.shape, dtype, scores))
             kernels.append(_kernel(problem, scores, codes[-1], settings.epsilon))
-            prototype_masses.append(_prototype_mass(problem))
+            prototype_masses.append(target_marginal(problem.prototype_weight, kernels[-1].log_mass))
         if kernels:
             find_u(
                 kernels,
@@ -298,7 +308,7 @@ def _without_leading_ones(scores: Tensor) -> Tensor:
     return scores
 
 
-def _kernel(problem: Problem, scores: Tensor, codes: Tensor, epsilon: float) -> Kernel:
+def _kernel(problem: Problem, scores: Tensor, codes: Tensor, epsilon: float | Tensor) -> Kernel:
     dtype = at_least_float32(scores.dtype)
     shape = problem.scores.shape[:-1]
     sample_mass = masses(problem.sample_weight, shape, scores.device, dtype)
@@ -313,16 +323,6 @@ def _kernel(problem: Problem, scores: Tensor, codes: Tensor, epsilon: float) -> 
         epsilon=epsilon,
         codes=codes,
     )
-
-
-def _prototype_mass(problem: Problem) -> Tensor | None:
-    """Return the target marginal c of the prototypes, (K,); ``None`` for equal masses."""
-    if problem.prototype_weight is None:
-        return None
-    scores = problem.scores
-    dtype = at_least_float32(scores.dtype)
-    log_mass, _ = masses(problem.prototype_weight, scores.shape[-1:], scores.device, dtype)
-    return log_mass.softmax(dim=-1)
 
 
 def one_hot(codes: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class Kernel:
         *,
         weighted: bool,
         fractional: bool,
-        epsilon: float,
+        epsilon: float | Tensor,
         codes: Tensor | None = None,
         memory: Tensor | None = None,
     ) -> None:
@@ -344,7 +344,7 @@ def fits_at_once(scores: Tensor, iterations: int) -> bool:
     return small and iterations <= SCALINGS_OF_ONE_KERNEL and scores.numel() > 0
 
 
-def codes_at_once(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+def codes_at_once(scores: Tensor, epsilon: float | Tensor, iterations: int) -> Tensor:
     """Return the codes of scores (B, K) or (N, B, K) with equal marginals, in few operations.
 
     They are in the dtype of the arithmetic. The steps are those of a :class:`Kernel` in one block.

@@ -129,6 +129,14 @@ def masses(
     return Masses((log - largest).to(dtype), largest.to(dtype))
 
 
+def target_marginal(prototype_weight: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return the masses (K,) of prototypes, of sum 1, as ``like``; ``None`` for equal masses."""
+    if prototype_weight is None:
+        return None
+    log_mass, _ = masses(prototype_weight, prototype_weight.shape, like.device, like.dtype)
+    return log_mass.softmax(dim=-1)
+
+
 def refuse_bad_values(
     scores: Tensor,
     sample_weight: Tensor | None,

@@ -34,7 +34,8 @@ class SinkhornKnopp(nn.Module):
     same error on all of them if they differ.
 
     Args:
-        epsilon: The entropy temperature ε > 0, in the unit of the scores.
+        epsilon: The entropy temperature ε > 0, in the unit of the scores: a number, or a floating
+            0-dim tensor, which is never read on the host. It may be set between steps.
         iterations: The number of iterations, at least 1. The maximum number with ``tolerance``.
         process_group: The ranks that share the batch; the default group if ``None``. A deep copy
             of the module shares the group. Pickling drops it, and the loaded module needs a new one
@@ -45,10 +46,11 @@ class SinkhornKnopp(nn.Module):
         tolerance: Stop when the marginal error is at most this; reads a value on the host.
         hard: Whether to round each code to its largest entry.
         validate: Whether to check the values of scores and weights; reads values on the host.
+        dtype: The floating dtype of the codes; that of the scores if ``None``.
 
     Shape:
         scores (..., B, K), ``sample_weight`` (..., B) or (B,), ``prototype_weight`` (K,) give codes
-        (..., B, K) in the dtype of the scores. A sequence of scores gives a list of codes.
+        (..., B, K) in ``dtype``. A sequence of scores gives a list of codes.
 
     Raises:
         TypeError: If a setting is of the wrong type.
@@ -66,7 +68,7 @@ class SinkhornKnopp(nn.Module):
 
     def __init__(
         self,
-        epsilon: float = 0.05,
+        epsilon: float | Tensor = 0.05,
         iterations: int = 3,
         *,
         process_group: ProcessGroup | None = None,
@@ -75,12 +77,16 @@ class SinkhornKnopp(nn.Module):
         tolerance: float | None = None,
         hard: bool = False,
         validate: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        settings = checked_settings(epsilon, iterations, relaxation, tolerance, hard, validate)
+        settings = checked_settings(
+            epsilon, iterations, relaxation, tolerance, hard, validate, dtype
+        )
         self.epsilon, self.iterations, self.relaxation, self.tolerance, *_ = settings
         self.hard = hard
         self.validate = validate
+        self.dtype = dtype
         _checks.choice("synchronize", synchronize, (True, False, "always"))
         self.synchronize = synchronize
         self._group = GroupHandle(process_group)
@@ -171,4 +177,5 @@ class SinkhornKnopp(nn.Module):
         shown += ["relaxation"] * (self.relaxation != math.inf)
         shown += ["tolerance"] * (self.tolerance is not None)
         shown += ["hard"] * self.hard + ["validate"] * self.validate
+        shown += ["dtype"] * (self.dtype is not None)
         return ", ".join(f"{name}={getattr(self, name)}" for name in shown)
