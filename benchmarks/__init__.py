@@ -1,1 +1,1 @@
-"""swavkit beside the published algorithm: verified, then timed. See ``README.md`` here."""
+"""Benchmarks of swavkit and the published algorithm, described in ``README.md``."""

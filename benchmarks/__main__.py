@@ -21,8 +21,8 @@ from benchmarks import (
 from benchmarks.harness import Suite, environment, measure
 
 SUITES = {module.SUITE.name: module.SUITE for module in (bench_sinkhorn, bench_loss, bench_queue)}
-KERNELS = "kernels"  # is counted, not timed
-RANKS = "ranks"  # runs in processes of its own
+KERNELS = "kernels"  # counted, not timed
+RANKS = "ranks"  # runs in its own processes
 NAMES = [*SUITES, bench_multicrop.NAME, KERNELS, RANKS]
 HEADER = (
     "contender", "rounds", "median", "quartiles", "× swavkit", "quartiles", "extra memory", "error"
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(suite: Suite, *, quick: bool) -> list[dict[str, Any]]:
-    """Print what a suite measures, and return it as rows of plain values."""
+    """Print the results of a suite, and return them as rows of plain values."""
     for package in suite.missing():
         print(f"{suite.name}: {package} is not installed, and is left out")
     suite.check_reference()
@@ -87,7 +87,7 @@ def run(suite: Suite, *, quick: bool) -> list[dict[str, Any]]:
 
 
 def count() -> dict[str, Any]:
-    """Print how many kernels a call launches, and return it as plain values."""
+    """Print the number of kernels of each call, and return the numbers as plain values."""
     device = kernels.default_device()
     found = kernels.counts(device)
     title = f"{KERNELS}: {kernels.ITERATIONS} iterations, {kernels.unit(device)}"
@@ -96,7 +96,7 @@ def count() -> dict[str, Any]:
 
 
 def share(*, quick: bool) -> list[dict[str, Any]]:
-    """Print what several processes measure, and return it as rows of plain values."""
+    """Print the results on several ranks, and return them as rows of plain values."""
     rows = bench_ranks.measure(quick=quick)
     for title in dict.fromkeys(row.title for row in rows):
         lines = [bench_ranks.cells(row) for row in rows if row.title == title]
@@ -105,12 +105,12 @@ def share(*, quick: bool) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Align the rows of one problem; times in milliseconds, memory in MB, ratios to our time."""
+    """Align the rows of one problem: times in ms, memory in MB, ratios to our time."""
     return _aligned([HEADER, *map(_cells, rows)])
 
 
 def table_of_counts(counts: list[kernels.Count]) -> str:
-    """Align the counts: a line for each contender, a column for each number of problems."""
+    """Align the counts: one line per contender, one column per number of problems."""
     numbers = sorted({one.problems for one in counts})
     launches = {(one.contender, one.problems): f"{one.launches}" for one in counts}
     header = ("contender", *(f"N = {number}" for number in numbers))
@@ -134,7 +134,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     error, memory = row["error"], row["extra_memory"]
     if memory is None:
         megabytes = "unknown"
-    else:  # the allocator hides what is smaller
+    else:  # the allocator hides smaller values
         megabytes = f"{memory / 1e6:,.0f} MB" if memory >= 1e6 else "< 1 MB"
     return (
         row["contender"],

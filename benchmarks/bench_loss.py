@@ -1,4 +1,4 @@
-"""A whole training step of the loss, forward and backward, the prototypes' product included."""
+"""A training step of the loss, forward and backward, with the product with the prototypes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests import oracles
 FEATURE_DIM = 128
 CODE_VIEWS = 2
 FULL, STREAMED = f"{OURS}, full", f"{OURS}, streamed"
-_MOST_SCORES_IN_FLOAT64 = 2**28  # the reference holds several matrices of them
+_MOST_SCORES_IN_FLOAT64 = 2**28  # the reference holds several matrices of this size
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Features (V, B, 128) in float32, with the settings of the paper; two views give codes."""
+    """Features (V, B, 128) in float32, with the settings of the paper. Two views give codes."""
 
     samples: int
     prototypes: int
@@ -38,7 +38,7 @@ class Problem:
 
     @property
     def tolerance(self) -> float:
-        """Relative to the largest entry, for the loss and both gradients."""
+        """The tolerance relative to the largest entry, for the loss and both gradients."""
         return 1e-4
 
     def inputs(self) -> tuple[Tensor, Tensor]:
@@ -66,10 +66,10 @@ def prepare(problem: Problem) -> Calls:
             memory=memory,
             queue_length=problem.queue,
         )
-        criterion.prototypes.weight = weight  # one matrix for all contenders
+        criterion.prototypes.weight = weight  # the same matrix for all contenders
         if queued is not None and criterion.queue is not None:
             criterion.queue.push(queued)
-            criterion.eval()  # the same queue at each call
+            criterion.eval()  # the same queue at every call
 
         def step() -> tuple[Tensor, ...]:
             loss = criterion(features)
@@ -83,7 +83,7 @@ def prepare(problem: Problem) -> Calls:
 
     @torch.no_grad()
     def products() -> tuple[Tensor, ...]:
-        """Make the products of any such step, and nothing else."""
+        """Compute the products of every such step, and nothing else."""
         scores = features @ weight.T
         of_weight = scores.flatten(0, 1).T @ features.flatten(0, 1)
         return scores, scores @ weight, of_weight
@@ -129,10 +129,10 @@ def errors(problem: Problem, calls: Calls) -> dict[str, float]:
 def comparable(
     loss: Tensor, of_features: Tensor, of_weight: Tensor, weight: Tensor
 ) -> list[Tensor]:
-    """Take from the prototypes' gradient what would only change their norms.
+    """Remove the component of the prototypes' gradient that only changes their norms.
 
-    Ours is orthogonal to the prototypes; the published one is not, and the next normalisation in
-    place undoes that part.
+    Our gradient has no such component. In the published procedure, the next in-place normalization
+    reverses it.
     """
     unit = F.normalize(weight.detach(), dim=-1)
     along = (of_weight * unit).sum(dim=-1, keepdim=True) * unit

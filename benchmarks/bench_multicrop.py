@@ -1,4 +1,4 @@
-"""Multi-crop in images per second, beside pipelines of torchvision, and where the time goes."""
+"""Multi-crop in images per second, compared with torchvision, and the time of each step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 
 def run(folder: Path, *, quick: bool) -> dict[str, Any]:
-    """Verify, print and draw what is measured, and return it as plain values."""
+    """Verify, measure, print and plot, and return the results as plain values."""
     if not importlib.util.find_spec("skimage"):
         print(f"{NAME}: scikit-image, which has the photographs, is not installed: left out")
         return {}
@@ -55,10 +55,10 @@ def run(folder: Path, *, quick: bool) -> dict[str, Any]:
 
 
 def largest_error(image: Tensor) -> float:
-    """Compare small crops of a photograph with their definitions, and both our ways of making them.
+    """Compare small crops of a photograph with the oracle, and our two implementations.
 
-    The definition of a cut is two loops, too slow for large crops; of the photometric step there is
-    one form for a crop and another for batches, which a gradient selects.
+    The oracle of a crop is two loops, too slow for large crops. The photometric step has one
+    implementation for single crops and one for batches, which a gradient selects.
     """
     plain, distorted = (
         MultiCropTransform(groups, mean=0.0, std=1.0)
@@ -77,7 +77,7 @@ def largest_error(image: Tensor) -> float:
 
 
 def contenders(images: Sequence[Any]) -> Calls:
-    """Return calls that each make the crops of all images once."""
+    """Return calls that make the crops of all images once."""
     tensors = crop_pipelines.tensors(images)
     exact, rounded = crop_pipelines.ours(), crop_pipelines.ours(eight_bit=True)
     calls: dict[str, Callable[[], object]] = {
@@ -101,7 +101,7 @@ def contenders(images: Sequence[Any]) -> Calls:
 
 
 def measure(calls: Calls, images: int, *, seconds: float, least: int = 5) -> list[Row]:
-    """Time the calls in turn; times are for one image, ratios are to the first call's time."""
+    """Time the calls in turn. Times are per image, ratios are to the time of the first call."""
     rounds = time_interleaved(calls, seconds=seconds, least=least)
     first = rounds[next(iter(calls))]
     return [
@@ -116,7 +116,7 @@ def measure(calls: Calls, images: int, *, seconds: float, least: int = 5) -> lis
 
 
 class Photographs(Dataset[list[Tensor]]):
-    """The same photographs over and over."""
+    """A dataset that repeats the same photographs."""
 
     def __init__(self, images: Sequence[Any], pipeline: Pipeline, length: int) -> None:
         self.images, self.pipeline, self.length = images, pipeline, length
@@ -129,7 +129,7 @@ class Photographs(Dataset[list[Tensor]]):
 
 
 def measure_loaders(images: Sequence[Any], *, repetitions: int, epoch: int) -> list[Row]:
-    """Time whole epochs through data loaders whose workers live on, in turn."""
+    """Time whole epochs through data loaders with persistent workers, in turn."""
     pipelines: dict[str, tuple[Pipeline, Sequence[Any]]] = {
         "swavkit, PIL": (crop_pipelines.ours(), images),
         "swavkit, PIL, eight_bit": (crop_pipelines.ours(eight_bit=True), images),
@@ -151,7 +151,7 @@ def measure_loaders(images: Sequence[Any], *, repetitions: int, epoch: int) -> l
 
 
 def measure_steps(images: Sequence[Any], *, seconds: float) -> dict[str, list[float]]:
-    """Return the seconds of each step for one image: with it, less without it."""
+    """Return the seconds of each step per image: the time with it minus the time without it."""
     tensors = crop_pipelines.tensors(images)
     makers: dict[str, tuple[Callable[[int], Pipeline], Sequence[Any]]] = {
         "swavkit, PIL": (crop_pipelines.ours, images)
@@ -191,7 +191,7 @@ def show(title: str, rows: list[Row]) -> None:
 
 
 def plot(steps: dict[str, list[float]], path: Path) -> None:
-    """Draw where the time of one image goes, a bar a pipeline."""
+    """Plot the time of each step for one image, one bar per pipeline."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

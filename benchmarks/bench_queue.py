@@ -1,4 +1,4 @@
-"""One write to the feature queue, beside the published shift of the whole queue."""
+"""One write to the feature queue, compared with the published shift of the whole queue."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ CODE_VIEWS = 2
 class Problem:
     """Features (2, B, 128) of a step, to be stored in a queue.
 
-    With ``other_length`` the queue is compared with a longer one and not with the published one:
-    what runs before a call decides what is in the cache, and should be the same for both.
+    With ``other_length``, the queue is compared with a longer one instead of the published one. The
+    previous call determines the cache contents, and both queues then follow similar calls.
     """
 
     samples: int
@@ -37,18 +37,18 @@ class Problem:
 
     @property
     def tolerance(self) -> float:
-        """Features are stored as they are: nothing is rounded."""
+        """The tolerance: features are stored without rounding."""
         return 1e-12
 
     def steps(self, number: int) -> Iterator[Tensor]:
-        """Return the features of so many steps, from a fixed seed."""
+        """Return the features of ``number`` steps, from a fixed seed."""
         generator = torch.Generator().manual_seed(0)
         for _ in range(number):
             yield torch.randn(CODE_VIEWS, self.samples, FEATURE_DIM, generator=generator)
 
 
 class Queue(Protocol):
-    """What is compared."""
+    """The interface of the compared queues."""
 
     features: Tensor
 
@@ -56,7 +56,7 @@ class Queue(Protocol):
 
 
 class Published:
-    """The published queue: what was there moves back by a batch, through a copy of it."""
+    """The published queue, which shifts its contents by a batch, through a copy."""
 
     def __init__(self, length: int) -> None:
         self.features = torch.zeros(CODE_VIEWS, length, FEATURE_DIM)
@@ -82,7 +82,7 @@ def prepare(problem: Problem) -> Calls:
 
 
 def newest(steps: list[Tensor], length: int) -> Tensor:
-    """Return the last ``length`` samples of the steps, after zeros where there are fewer."""
+    """Return the last ``length`` samples of the steps, with zeros in front if there are fewer."""
     together = torch.cat([torch.zeros(CODE_VIEWS, length, FEATURE_DIM), *steps], dim=1)
     return together[:, -length:]
 
@@ -98,9 +98,9 @@ def check_reference() -> None:
 
 
 def errors(problem: Problem, calls: Calls) -> dict[str, float]:
-    """Return the largest error of any entry after enough steps to go around the queue.
+    """Return the largest error of any entry after enough steps to fill the queue.
 
-    The order of the slots is each contender's own.
+    Contenders may differ in the order of the slots.
     """
     made = queues(problem)
     steps = list(problem.steps(problem.length // problem.samples + 2))
@@ -119,7 +119,7 @@ def errors(problem: Problem, calls: Calls) -> dict[str, float]:
 
 
 def in_order(features: Tensor) -> Tensor:
-    """Sort samples by a number made of all their features, whatever their slots."""
+    """Sort samples by a weighted sum of their features, independent of their slots."""
     weights = torch.linspace(1, 2, FEATURE_DIM, dtype=torch.float64)
     return features[:, (features.double() @ weights).sum(dim=0).argsort()]
 

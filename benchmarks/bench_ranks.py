@@ -1,9 +1,9 @@
-"""A training step on several processes: its time, and how much of it is communication.
+"""A training step on several ranks: its time, and the share of communication.
 
-The whole batch is the same whatever the number of processes, which have equal parts of it. Counted
-is the loss, forward and backward, and where prototypes are on every process the average of their
-gradients, which DDP would make. Communication is the time inside collectives, which includes
-waiting for the others. Processes that share the cores of a machine say nothing about scaling.
+The whole batch is the same for any number of ranks, which hold equal parts of it. The time includes
+the loss, forward and backward. If prototypes are on every rank, it also includes the average of
+their gradients, as in DDP. Communication is the time inside collectives, including the wait for
+other ranks. Ranks that share the cores of a machine do not measure scaling.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Step = Callable[[], tuple[Tensor, Tensor, Tensor]]  # the loss, gradients of fea
 
 @dataclass(frozen=True)
 class Row:
-    """Of one contender on so many processes; times in seconds, of the slowest process."""
+    """The result of one contender on one number of ranks: seconds of the slowest rank."""
 
     title: str
     processes: int
@@ -46,13 +46,13 @@ class Row:
     median: float
     lower_quartile: float
     upper_quartile: float
-    communication: float  # its share of the time
-    collectives: int  # of a step
-    numbers: int  # in the tensors of a process that take part in them
+    communication: float  # as a share of the time
+    collectives: int  # per step
+    numbers: int  # entries of a rank's tensors in the collectives of a step
 
 
 class Meter:
-    """Counts and times the collectives of this process."""
+    """Counts and times the collectives of this rank."""
 
     def __enter__(self) -> Meter:
         self.seconds, self.calls, self.numbers = 0.0, 0, 0
@@ -79,7 +79,7 @@ class Meter:
 
 
 def measure(*, quick: bool) -> list[Row]:
-    """Verify and time every contender on every number of processes."""
+    """Verify and time every contender on every number of ranks."""
     rows = []
     for processes in PROCESSES:
         ranks = Ranks(processes)
@@ -91,7 +91,7 @@ def measure(*, quick: bool) -> list[Row]:
 
 
 def contenders(problem: Problem) -> dict[str, Step]:
-    """Return a step of this process for each contender."""
+    """Return a step of this rank for each contender."""
     rank, processes = dist.get_rank(), dist.get_world_size()
     features, weight = problem.inputs()
     features = features.chunk(processes, dim=1)[rank].clone().requires_grad_()
@@ -136,9 +136,9 @@ def contenders(problem: Problem) -> dict[str, Step]:
 
 @torch.no_grad()
 def published_codes_of_ranks(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
-    """Return the codes of this process's part of one view's scores, (b, K), as published.
+    """Return the published codes of this rank's part of one view's scores, (b, K).
 
-    It takes the parts to be equal.
+    All ranks must have equal parts.
     """
     samples = len(scores) * dist.get_world_size()
     plan = torch.exp(scores / epsilon)
@@ -159,12 +159,12 @@ def _sum(values: Tensor) -> None:
 
 
 def of_rank(rank: int, argument: tuple[Problem, float]) -> dict[str, dict[str, Any]]:
-    """Return what one process sees of each contender."""
+    """Return the results of one rank for each contender."""
     problem, seconds = argument
     steps = contenders(problem)
     results = {}
     for name, step in steps.items():
-        for _ in range(4):  # some of which compare settings, as a few later ones do
+        for _ in range(4):  # some of these compare settings, as a few later ones do
             answer = step()
         with Meter() as meter:
             begin = time.perf_counter()
@@ -193,9 +193,9 @@ def of_rank(rank: int, argument: tuple[Problem, float]) -> dict[str, dict[str, A
 def _error(
     problem: Problem, rank: int, loss: Tensor, of_features: Tensor, of_weight: Tensor
 ) -> float:
-    """Compare with one process in float64 on the whole batch.
+    """Return the largest error relative to one rank in float64 on the whole batch.
 
-    Of the prototypes' gradients the part counts that turns them, as in ``bench_loss.py``.
+    The gradient component along the prototypes is ignored, as in ``bench_loss.py``.
     """
     processes = dist.get_world_size()
     features, weight = (values.double().requires_grad_() for values in problem.inputs())
@@ -212,7 +212,7 @@ def _error(
     _sum(mean)
     pairs = [
         (mean / processes, reference.detach()),
-        # Averaging the parameters behind them divides by the number of processes.
+        # Averaging the gradients of the network's parameters divides by the number of ranks.
         (of_features / processes, expected[0].chunk(processes, dim=1)[rank]),
         (turning[0], turning[1]),
     ]

@@ -1,4 +1,4 @@
-"""Codes from scores: ``swavkit.sinkhorn_knopp`` beside dividing the matrix, and other solvers."""
+"""Codes from scores: ``swavkit.sinkhorn_knopp``, the published form, and other solvers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests import oracles
 EPSILON = 0.05
 ITERATIONS = 3
 TO_CONVERGENCE = "geomloss, to convergence"
-_SCORES_TO_CONVERGENCE = 2**21  # so many at most, for a call of seconds
+_SCORES_TO_CONVERGENCE = 2**21  # at most, so that a call takes seconds
 _ITERATIONS_OF_THE_CONVERGED = 100
 
 
@@ -39,7 +39,7 @@ class Problem:
 
     @property
     def tolerance(self) -> float:
-        """Of a code, which is at most 1: float32 arithmetic, then rounding to the dtype."""
+        """The tolerance of an entry in [0, 1]: float32 arithmetic, then rounding to the dtype."""
         return 2e-5 + torch.finfo(getattr(torch, self.dtype)).eps / 4
 
     def scores(self) -> Tensor:
@@ -61,7 +61,7 @@ def prepare(problem: Problem) -> Calls:
         "published": lambda: [published_codes(view) for view in scores],
     }
     if scores.dtype != torch.float32:
-        # What a careful user of the published form would write.
+        # A careful use of the published form.
         calls["published, float32 inside"] = lambda: [
             published_codes(view.float()).to(scores.dtype) for view in scores
         ]
@@ -79,7 +79,7 @@ def prepare(problem: Problem) -> Calls:
 
 
 def floor(scores: Tensor) -> Tensor:
-    """Take the exponential, and read it once an iteration, in the cheapest way to read it."""
+    """Compute the exponential, and read it once per iteration, in the cheapest way."""
     plan = (scores / EPSILON).exp_()
     for _ in range(ITERATIONS):
         plan.sum(dim=-1)

@@ -1,4 +1,4 @@
-"""The published recipe, as swavkit and as torchvision pipelines make it, and photographs for it."""
+"""The published recipe as swavkit and torchvision pipelines, and photographs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from swavkit import CropGroup, MultiCropTransform, PhotometricDistortion
 
-# What is switched on, one after the other, to see where the time goes.
+# Steps that are enabled one after the other, to measure the time of each.
 STEPS = ("crop, resize, mirror, normalise", "colour jitter", "greyscale", "blur")
 GROUPS = ((224, 2, (0.14, 1.0)), (96, 6, (0.05, 0.14)))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -25,12 +25,12 @@ Pipeline = Callable[[Any], list[Tensor]]
 
 
 def missing() -> list[str]:
-    """Return the packages that would be compared with and are not installed."""
+    """Return the compared packages that are not installed."""
     return [name for name, module in MODULES.items() if not importlib.util.find_spec(module)]
 
 
 def photographs() -> list[Any]:
-    """Return PIL photographs of scikit-image, each at several sizes."""
+    """Return photographs of scikit-image as PIL images, each at several sizes."""
     import skimage.data
     from PIL import Image
 
@@ -49,7 +49,7 @@ def tensors(images: Sequence[Any]) -> list[Tensor]:
 
 
 def ours(steps: int = len(STEPS), *, eight_bit: bool = False) -> MultiCropTransform:
-    """Return the recipe with its first ``steps`` steps."""
+    """Return the swavkit pipeline of the first ``steps`` steps of the recipe."""
     distortion = PhotometricDistortion(
         jitter_probability=0.8 if steps > 1 else 0,
         greyscale_probability=0.2 if steps > 2 else 0,
@@ -62,7 +62,7 @@ def ours(steps: int = len(STEPS), *, eight_bit: bool = False) -> MultiCropTransf
 def torchvision_pipeline(
     steps: int = len(STEPS), *, blur: Callable[[Any], Any] | None = None
 ) -> Pipeline:
-    """Return the same from torchvision v2; ``blur`` stands for its own blur."""
+    """Return the torchvision v2 pipeline; ``blur`` replaces torchvision's own blur."""
     from torchvision.transforms import v2
 
     photometric = [
@@ -98,7 +98,7 @@ class Each:
 
 
 class OpenCVBlur(torch.nn.Module):
-    """The blur of a PIL image as the authors make it."""
+    """The blur of a PIL image in the authors' program."""
 
     def forward(self, image: Any) -> Any:
         import cv2
@@ -110,7 +110,7 @@ class OpenCVBlur(torch.nn.Module):
 
 
 class PILBlur(torch.nn.Module):
-    """PIL's own blur of an image, which repeats box blurs."""
+    """PIL's own blur, which repeats box blurs."""
 
     def forward(self, image: Any) -> Any:
         from PIL import ImageFilter

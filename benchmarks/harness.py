@@ -1,4 +1,4 @@
-"""The method of measurement: verify, then time; memory in processes of their own."""
+"""Measurement: verify, then time; memory is measured in separate processes."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ import swavkit
 Calls = Mapping[str, Callable[[], object]]
 
 OURS = "swavkit"  # the first contender of every suite
-SIZES = ("samples", "prototypes", "length")  # of a problem, those that its work grows with
+SIZES = ("samples", "prototypes", "length")  # fields of a problem that determine its work
 PEAK_RESET = Path("/proc/self/clear_refs")  # writing 5 resets the peak of a process's memory
-_SECONDS_IN_A_ROW = 0.005  # for a call that is shorter, the mean of so many seconds is its time
-_M_MMAP_THRESHOLD = -3  # of glibc: from which size on memory is given back as soon as it is freed
+_SECONDS_IN_A_ROW = 0.005  # shorter calls are repeated for this long and averaged
+_M_MMAP_THRESHOLD = -3  # of glibc: larger blocks are returned to the system when freed
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A question, asked at several sizes of the problem.
+    """A benchmark at several problem sizes.
 
     Attributes:
-        name: What the command line calls it.
-        cases: The problems of the default run: dataclasses of plain values, ``samples`` among
-            them, with a text for the table and the ``tolerance`` within which an answer is right.
+        name: The name on the command line.
+        cases: The problems of the default run: dataclasses of plain values, including ``samples``,
+            with a string for the table and the ``tolerance`` of a correct answer.
         quick: The problem of ``--quick``.
-        prepare: Makes the inputs of a problem and returns a call for each contender. At the top of
-            a module, so that another process can find it.
-        check_reference: Raises unless the float64 form that ``errors`` uses agrees with the oracle
-            of the tests.
-        errors: Takes a problem and its calls; returns the error of each contender that gives an
+        prepare: Makes the inputs of a problem and returns a call for each contender. It must be at
+            module level, so that another process can import it.
+        check_reference: Raises an error unless the float64 reference of ``errors`` agrees with the
+            oracle of the tests.
+        errors: Takes a problem and its calls, and returns the error of each contender with an
             answer.
-        missing: Returns the packages that are not installed and would have been compared.
+        missing: Returns the compared packages that are not installed.
     """
 
     name: str
@@ -58,11 +58,11 @@ class Suite:
 
 
 def measure(suite: Suite, problem: Any, *, seconds: float) -> list[dict[str, Any]]:
-    """Verify and time every contender; one row of plain values for each.
+    """Verify and time every contender, and return one row of plain values for each.
 
     Raises:
-        ValueError: If our own answer is wrong. A wrong answer of another contender is a finding,
-            and stands in its row.
+        ValueError: If our own answer is wrong. A wrong answer of another contender is marked in its
+            row.
     """
     calls = suite.prepare(problem)
     errors = suite.errors(problem, calls)
@@ -98,17 +98,20 @@ def time_interleaved(
     most: int = 200,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[int, float]]:
-    """Time the calls in turn, so that whatever disturbs the machine disturbs all of them.
+    """Time the calls in turn, so that disturbances of the machine affect all of them.
 
-    Each call is timed for about ``seconds``, at least ``least`` times (but a call that takes long
-    only twice) and at most ``most`` times. The first one takes part in every round; a slower one in
-    one of two, of three, and so on, so that it does not cost the others their repetitions. A
-    different call begins each round. Returned is, for each call, its time in each of its rounds.
+    Each call is timed for about ``seconds``, at least ``least`` times and at most ``most`` times. A
+    call of many seconds may be timed only twice. The first call takes part in every round. A slower
+    call takes part in every second round, every third, and so on, and does not reduce the
+    repetitions of the others. Each round starts with a different call.
 
-    A training loop makes one and the same call, so none is to pay for what the others did to the
-    caches and to free memory, which a virtual machine may have to ask its host for again: before it
-    is timed it is made once more, and a short one is made several times in a row. Two rounds of
-    warm-up tell how long each of them takes.
+    A training loop repeats the same call. A call should therefore not be affected by cache contents
+    of the others, nor by free memory that a virtual machine has returned to its host. Each call is
+    made once untimed before it is timed, and a short call is timed several times in a row. Two
+    warm-up rounds estimate the durations.
+
+    Returns:
+        The time of each call in each of its rounds.
     """
 
     def timed(name: str, calls_in_a_row: int = 1) -> float:
@@ -138,12 +141,12 @@ def time_interleaved(
 
 
 def _least(least: int, seconds: float) -> int:
-    """Return how often a call must be timed that takes so long: not for minutes."""
+    """Return the least number of times of a call of ``seconds``, to avoid minutes of timing."""
     return max(2, min(least, int(20 / seconds)))
 
 
 def paired_ratios(samples: Mapping[int, float], baseline: Mapping[int, float]) -> list[float]:
-    """Divide round by round, so that a slow minute of the machine cancels."""
+    """Divide the times of each round, so that slow phases of the machine cancel."""
     return [duration / baseline[number] for number, duration in samples.items()]
 
 
@@ -154,15 +157,15 @@ def summary(samples: list[float]) -> dict[str, float]:
 
 
 def extra_memory(prepare: Callable[[Any], Calls], problem: Any, name: str) -> int | None:
-    """Return the bytes that one call needs beyond its inputs, its result included.
+    """Return the bytes that one call needs in addition to its inputs, including its result.
 
-    It runs alone in a new process, which gives everything back to the system that it frees: what an
-    allocator keeps would hide what this call takes, and varies from run to run. ``None`` where the
-    system does not count it (Linux does).
+    The call runs alone in a new process that returns all freed memory to the system. Memory kept by
+    an allocator would hide the need of the call, and varies from run to run. Returns ``None`` if
+    the system does not report the peak (Linux does).
     """
     if not PEAK_RESET.exists():
         return None
-    # Forked from a server that has torch loaded and has never computed anything.
+    # Fork from a server that has imported torch but computed nothing.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "swavkit"])
     with ProcessPoolExecutor(1, mp_context=context) as alone:
@@ -172,10 +175,10 @@ def extra_memory(prepare: Callable[[Any], Calls], problem: Any, name: str) -> in
 def _peak_of_call(prepare: Callable[[Any], Calls], problem: Any, name: str) -> int:
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
     call = prepare(problem)[name]
-    # Load code and start threads, on a problem too small to leave memory behind.
+    # Load code and start threads on a problem too small to leave memory behind.
     tiny = {field.name: 8 for field in fields(problem) if field.name in SIZES}
     prepare(replace(problem, **tiny))[name]()
-    PEAK_RESET.write_text("5")  # from here on
+    PEAK_RESET.write_text("5")  # the peak counts from here
     before = _process_memory("VmRSS")
     call()
     return _process_memory("VmHWM") - before
@@ -187,7 +190,7 @@ def _process_memory(key: str) -> int:
 
 
 def environment() -> dict[str, Any]:
-    """Return the versions, the hardware and how busy it is."""
+    """Return the versions, the hardware and its load."""
     return {
         "swavkit": swavkit.__version__,
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""Features and prototypes as a network in training has them, from a fixed seed."""
+"""Features and prototypes similar to those of a trained network, from a fixed seed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def clustered(*shape: int, prototypes: int) -> tuple[Tensor, Tensor]:
-    """Return features (..., D) near some of the prototypes, cosine about 0.7, and these, (K, D)."""
+    """Return features (..., D) near prototypes, at cosine about 0.7, and prototypes (K, D)."""
     generator = torch.Generator().manual_seed(0)
     feature_dim = shape[-1]
     directions = F.normalize(torch.randn(prototypes, feature_dim, generator=generator), dim=-1)
     nearest = torch.randint(prototypes, shape[:-1], generator=generator)
-    noise = torch.randn(*shape, generator=generator) / feature_dim**0.5  # of norm 1, about
+    noise = torch.randn(*shape, generator=generator) / feature_dim**0.5  # of norm about 1
     return directions[nearest] + noise, directions

@@ -1,8 +1,8 @@
-"""How many kernels a call makes an accelerator launch, or so many operations where there is none.
+"""The number of kernels that a call launches on an accelerator.
 
-A small problem takes as long as its launches. They are counted with the profiler on a CUDA device.
-Elsewhere the ``meta`` device takes the path of an accelerator, without values: there the operations
-are counted that compute something, each of which launches one kernel or more.
+Launches dominate the time of small problems. On a CUDA device, the profiler counts the kernels.
+Otherwise, the ``meta`` device takes the code path of an accelerator without values, and the
+computing operations are counted. Each of them launches at least one kernel.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SAMPLES, PROTOTYPES = 256, 3000
 
 @dataclass(frozen=True)
 class Count:
-    """Of one contender, for 3 iterations on N problems at once."""
+    """The launches of one contender, for 3 iterations on N problems at once."""
 
     contender: str
     problems: int
@@ -41,7 +41,7 @@ def unit(device: torch.device) -> str:
 
 
 def counts(device: torch.device) -> list[Count]:
-    """Count for every contender, for one problem and for two."""
+    """Return the counts of every contender, for one problem and for two."""
     launches = kernels if device.type == "cuda" else operations
     return [
         Count(name, problems, launches(call))
@@ -65,10 +65,10 @@ def contenders(problems: int, device: torch.device) -> dict[str, Callable[[], ob
 
 
 def kernels(call: Callable[[], object]) -> int:
-    """Count the kernels that one call launches on a CUDA device, without copies and fills."""
+    """Return the number of kernels of one call on a CUDA device, without copies and fills."""
     from torch.profiler import ProfilerActivity, profile
 
-    call()  # the first one loads libraries and chooses kernels
+    call()  # the first call loads libraries and selects kernels
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         call()
@@ -81,14 +81,14 @@ def kernels(call: Callable[[], object]) -> int:
 
 
 def operations(call: Callable[[], object]) -> int:
-    """Count the operations of one call that compute something, on whatever device."""
+    """Return the number of computing operations of one call, on any device."""
     with _Operations() as recorded:
         call()
     return recorded.number
 
 
 class _Operations(TorchDispatchMode):
-    """Counts what gives a tensor, but for views and memory without values."""
+    """Counts operations that return tensors, except views and uninitialized memory."""
 
     def __init__(self) -> None:
         super().__init__()

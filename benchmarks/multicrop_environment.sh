@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the environment in which multi-crop is compared with torchvision, which needs a release of
-# torch that fits it, runs the comparing tests there, then the benchmark. Several GB, some minutes.
+# Compares multi-crop with torchvision in a new environment, because torchvision needs a matching
+# release of torch. Runs the comparison tests, then the benchmark. Needs several GB and some minutes.
 #
 #     benchmarks/multicrop_environment.sh [FOLDER]
 set -euo pipefail

@@ -1,7 +1,7 @@
-"""The solvers of other packages on our problem, each of which may be missing.
+"""Optional solvers of other packages.
 
-They are given the cost C = -S (N, B, K) ready made, and mass 1/B on a sample and 1/K on a
-prototype. Each returns N codes (B, K).
+They take the precomputed cost C = -S (N, B, K), with mass 1/B for a sample and 1/K for a prototype.
+Each returns N codes (B, K).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def missing() -> list[str]:
 def pot_codes(
     cost: Tensor, epsilon: float = 0.05, iterations: int = 3, *, method: str = "sinkhorn"
 ) -> Sequence[Tensor]:
-    """Return the codes of POT's ``sinkhorn``, problem by problem.
+    """Return the codes of POT's ``sinkhorn``, one problem at a time.
 
-    One of its iterations brings the columns to their mass and then the rows, as ours does. It would
-    stop at a tolerance; this one it never reaches.
+    An iteration scales the columns and then the rows, as ours does. The tolerance cannot be
+    reached, so all iterations are made.
     """
     import ot
 
@@ -43,8 +43,8 @@ def pot_codes(
 def geomloss_codes(cost: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
     """Return the codes of geomloss's ``solve_batch``.
 
-    Its iterations are other ones than ours: ε falls from the range of the costs to what is asked
-    for, and both marginals are fitted at once and averaged with what they were.
+    Its iterations differ from ours: ε decreases from the range of the costs to ``epsilon``. Both
+    marginals are fitted at once and averaged with their previous values.
     """
     from geomloss.ot import solve_batch
 
@@ -53,20 +53,20 @@ def geomloss_codes(cost: Tensor, epsilon: float = 0.05, iterations: int = 3) -> 
 
 
 def geomloss_converged(cost: Tensor, epsilon: float = 0.05, iterations: int = 60) -> Tensor:
-    """Return the codes of geomloss's ``SamplesLoss`` after so many iterations at nearly one ε.
+    """Return the codes of geomloss's ``SamplesLoss``, with a nearly constant ε.
 
-    ``solve_batch`` reaches ε in its last iteration only, whatever their number, and nears the
-    converged plan as 1 / iterations. Here the first ε and its steps can be told.
+    ``solve_batch`` reaches ε in its last iteration only, and approaches the converged plan as
+    1 / iterations. ``SamplesLoss`` takes the first ε and its steps as arguments.
     """
     from geomloss import SamplesLoss
 
     problems, samples, prototypes = cost.shape
-    step = 1e-6  # of the logarithm of √ε, for it must fall
-    costs = iter((cost, cost.mT))  # as it asks for them
+    step = 1e-6  # of the logarithm of √ε, which must decrease
+    costs = iter((cost, cost.mT))  # in the order of its requests
     potentials = SamplesLoss(
         p=2,
         blur=math.sqrt(epsilon),
-        # It adds an iteration at either end, and rounds up.
+        # SamplesLoss adds an iteration at either end, and rounds up.
         diameter=math.sqrt(epsilon) * math.exp(step * (iterations - 2.5)),
         scaling=math.exp(-step),
         cost=lambda *points: next(costs),
@@ -77,7 +77,7 @@ def geomloss_converged(cost: Tensor, epsilon: float = 0.05, iterations: int = 60
     with torch.no_grad():
         f, g = potentials(
             cost.new_full([problems, samples], 1 / samples),
-            cost.new_zeros(problems, samples, 1),  # what matters of the points is their cost
+            cost.new_zeros(problems, samples, 1),  # points are unused: the costs are given
             cost.new_full([problems, prototypes], 1 / prototypes),
             cost.new_zeros(problems, prototypes, 1),
         )

@@ -1,4 +1,4 @@
-"""One picture of all results: time and memory in multiples of swavkit's."""
+"""Plots of the results: time and memory relative to swavkit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.harness import OURS
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the ratios of the times, with their quartiles, and those of the memory."""
+    """Plot the ratios of times, with quartiles, and the ratios of memory."""
     contenders = list(dict.fromkeys(row["contender"] for row in rows))
     labels = [row["title"] if row["contender"] == OURS else "" for row in rows]
     colours = [f"C{contenders.index(row['contender'])}" for row in rows]
@@ -35,7 +35,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     our_memory = {row["title"]: row["extra_memory"] for row in rows if row["contender"] == OURS}
     of_memory.barh(
         range(len(rows)),
-        # Less than 1 MB is not resolved, and leaves a gap.
+        # Less than 1 MB is not resolved and leaves a gap.
         [
             row["extra_memory"] / our_memory[row["title"]]
             if (our_memory[row["title"]] or 0) >= 1e6
@@ -55,9 +55,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_against_prototypes(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw time and memory of the loss against the number of prototypes, at one batch size.
+    """Plot time and memory of the loss against the number of prototypes, at one batch size.
 
-    Nothing is drawn of fewer than two problems.
+    Fewer than two problems give no plot.
     """
     rows = [row for row in rows if row["suite"] == "loss"]
     samples = min((row["problem"]["samples"] for row in rows), default=0)

@@ -1,7 +1,7 @@
-"""The published algorithm, as the pseudo-code of the paper's appendix has it (arXiv 2006.09882).
+"""The published algorithm, from the pseudo-code of the paper's appendix (arXiv 2006.09882).
 
-It is what swavkit is measured against: Sinkhorn-Knopp by dividing the matrix P = exp(S/ε), the loss
-as a double loop of cross-entropies over views. The dtype of the scores is the dtype of everything.
+It is the baseline of the benchmarks. Sinkhorn-Knopp divides the matrix P = exp(S/ε), and the loss
+is a double loop of cross-entropies over views. All computation is in the dtype of the scores.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def published_codes(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) 
     plan = torch.exp(scores / epsilon)  # (B, K), a plan of mass 1 after the next line
     plan /= plan.sum()
     for _ in range(iterations):
-        plan /= plan.sum(dim=0, keepdim=True) * prototypes  # mass 1/K on every prototype
-        plan /= plan.sum(dim=1, keepdim=True) * samples  # mass 1/B on every sample
+        plan /= plan.sum(dim=0, keepdim=True) * prototypes  # mass 1/K for every prototype
+        plan /= plan.sum(dim=1, keepdim=True) * samples  # mass 1/B for every sample
     plan *= samples  # each sample's code sums to 1
     return plan
 
@@ -42,7 +42,7 @@ def published_step(
 ) -> Tensor:
     """Return the loss of features (V, B, D) with prototypes (K, D), normalized in place first.
 
-    Codes are computed on the features of the code views and, if given, those ``queued`` (A, L, D).
+    Codes are computed on the features of the code views and, if given, on ``queued`` (A, L, D).
     """
     with torch.no_grad():
         weight /= weight.norm(dim=-1, keepdim=True)

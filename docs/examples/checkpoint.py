@@ -1,4 +1,4 @@
-"""What pretrain.py keeps in its output folder, and how training goes on from a checkpoint."""
+"""Files in the output folder of pretrain.py, and resuming from a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHECKPOINT, METRICS = "checkpoint.pt", "metrics.json"
 
 @dataclass
 class Training:
-    """Everything that a training step changes, so that a checkpoint can hold all of it."""
+    """The state that a training step changes, and that a checkpoint holds."""
 
     network: Network
     criterion: SwAVLoss
@@ -31,11 +31,11 @@ class Training:
     schedule: torch.optim.lr_scheduler.LRScheduler
     epoch: int = 0
     seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)  # one a step
+    losses: list[float] = field(default_factory=list)  # one per step
 
 
 def check_output(settings: Settings) -> None:
-    """Refuse a folder that holds a run, unless the options say what becomes of it."""
+    """Raise an error if the folder holds a run, unless the options resume or replace it."""
     held = [name for name in (CHECKPOINT, METRICS) if (Path(settings.output) / name).exists()]
     if held and not (settings.resume or settings.overwrite):
         raise UserError(
@@ -45,7 +45,7 @@ def check_output(settings: Settings) -> None:
 
 
 def make_room(settings: Settings, content: bytes) -> None:
-    """Make the output folder, and check that two checkpoints and the pictures fit into it."""
+    """Create the output folder, and check that two checkpoints and the pictures fit into it."""
     output = Path(settings.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -58,9 +58,9 @@ def make_room(settings: Settings, content: bytes) -> None:
 
 
 def write(settings: Settings, name: str, content: bytes, *, rehearse: bool = False) -> None:
-    """Write a file of the output folder: at any moment the old or the new one is there, whole.
+    """Write a file of the output folder atomically.
 
-    Only the first process writes. A rehearsal leaves nothing behind.
+    Only rank 0 writes. A rehearsal leaves no file behind.
     """
     if processes.RANK > 0:
         return
@@ -81,7 +81,7 @@ def write(settings: Settings, name: str, content: bytes, *, rehearse: bool = Fal
 
 
 def checkpoint(training: Training, settings: Settings, images: Tensor) -> bytes:
-    """Return what the checkpoint file holds."""
+    """Return the content of the checkpoint file."""
     own = {
         "criterion": training.criterion.state_dict(),  # prototypes, queue, steps
         "random": torch.get_rng_state(),
@@ -104,7 +104,7 @@ def checkpoint(training: Training, settings: Settings, images: Tensor) -> bytes:
 
 
 def resume(training: Training, settings: Settings, images: Tensor) -> None:
-    """Go back to where the last checkpoint was written, if there is one."""
+    """Load the last checkpoint, if there is one."""
     path = Path(settings.output) / CHECKPOINT
     if not path.exists():
         processes.say(f"no {path} yet: starting from the beginning")
@@ -120,7 +120,7 @@ def resume(training: Training, settings: Settings, images: Tensor) -> None:
             "the number of training images": state["images"],
             "the number of processes": len(state["processes"]),
         }
-    except Exception as error:  # torch.load raises many kinds
+    except Exception as error:  # torch.load raises many types
         raise UserError(
             f"{str(path)!r} ({len(content)} bytes) is damaged or no checkpoint of this program; "
             f"--overwrite starts anew"

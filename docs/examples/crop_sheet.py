@@ -1,4 +1,4 @@
-"""Draw photographs, the boxes of their crops, and the crops: the picture sheet of the docs.
+"""Draw photographs, the boxes of their crops, and the crops, for the documentation.
 
 python docs/examples/crop_sheet.py --output docs/images/crops.png
 """
@@ -27,7 +27,7 @@ except ModuleNotFoundError as missing:
     )
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")  # inside the package, so nothing is downloaded
-FULL, SMALL = "#2f6db3", "#c0392b"  # colors of the crops of either size
+FULL, SMALL = "#2f6db3", "#c0392b"  # colors of the two crop sizes
 FONT_SIZE = 10
 
 
@@ -44,7 +44,7 @@ def show(axes: Axes, image: Tensor, title: str = "", color: str = "black") -> No
 
 
 def draw_boxes(axes: Axes, boxes: list[Tensor], colors: list[str]) -> None:
-    """Draw each box with its number, at the upper left or, of every second one, the lower right."""
+    """Draw each box with its number, alternately at its upper left and its lower right corner."""
     for number, (box, color) in enumerate(zip(boxes, colors, strict=True), start=1):
         left, top, right, bottom = box.tolist()
         corner, extent = (left - 0.5, top - 0.5), (right - left, bottom - top)
@@ -57,7 +57,7 @@ def draw_boxes(axes: Axes, boxes: list[Tensor], colors: list[str]) -> None:
 
 
 def draw(photographs: list[Tensor], seed: int, path: Path) -> None:
-    """Draw for each photograph: the boxes of its crops, then the crops, all at one scale."""
+    """Draw the boxes of the crops of each photograph, then the crops, all at one scale."""
     transform = MultiCropTransform()
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (transform.mean, transform.std))
     full, small = transform.crops
@@ -77,7 +77,7 @@ def draw(photographs: list[Tensor], seed: int, path: Path) -> None:
         large = grid[row, 1].subgridspec(1, full.count).subplots(squeeze=False)
         others = grid[row, 2].subgridspec(2, columns).subplots(squeeze=False)
         for axes in others.flat:
-            axes.axis("off")  # also where there is no crop
+            axes.axis("off")  # also for cells without a crop
         places = [*large.flat, *others.flat[: small.count]]
         for number, (axes, crop, flip) in enumerate(
             zip(places, crops, flips, strict=True), start=1

@@ -1,4 +1,4 @@
-"""The network that pretrain.py trains, its features, and what it does to the crops of digits."""
+"""The network of pretrain.py, its features, and the distortion of digit crops."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ MEAN, STD = 0.5, 0.5  # of the pixels that the network sees
 
 
 def distort_digits(crops: Tensor) -> Tensor:
-    """Rotate and shear grey digits, change their contrast and brightness, and add noise.
+    """Rotate and shear gray digits, change their contrast and brightness, and add noise.
 
-    Colour jitter and mirroring, which suit photographs, would do nothing for a digit, or spoil it.
+    Color jitter does not affect gray digits, and mirroring makes them invalid.
 
     Args:
-        crops: (B, C, H, W) in [0, 1]; each sample gets parameters of its own.
+        crops: (B, C, H, W) in [0, 1]; each sample gets its own parameters.
     """
     count, device = len(crops), crops.device
 
@@ -37,7 +37,7 @@ def distort_digits(crops: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Two convolutions and a way around them."""
+    """Two convolutions with a residual connection."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """A small residual encoder, whose features one uses, and the projection head to train it."""
+    """A small residual encoder, and the projection head that is used in training only."""
 
     def __init__(self, channels: int, feature_dim: int, width: int = 16) -> None:
         super().__init__()
@@ -82,10 +82,10 @@ class Network(nn.Module):
 
 @torch.no_grad()
 def features_of(module: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Return the features of uint8 images, undistorted, on the CPU."""
+    """Return the features of uint8 images on the CPU, without distortion."""
     return torch.cat([module((batch / 255 - MEAN) / STD).cpu() for batch in images.split(500)])
 
 
 def pixels_of(images: Tensor) -> Tensor:
-    """Return the pixels as features. From 0 for black: centered ones were worse by 2 points."""
+    """Return the pixels as features, with 0 for black: centered pixels were worse by 2 points."""
     return images.flatten(1).cpu() / 255

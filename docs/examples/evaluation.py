@@ -1,4 +1,4 @@
-"""What frozen features are worth: k-NN and linear probes, with all labels and with few."""
+"""Evaluate frozen features by k-NN and linear probes, with all labels and with few."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sklearn.preprocessing import normalize
 from torch import Tensor
 from tqdm import tqdm
 
-FEW = 10  # labels of each class
-DRAWS = 5  # of the few labels; the same draws for every representation
-STRENGTHS = (1.0, 10.0, 100.0)  # of the probe's inverse regularisation, cross-validated
+FEW = 10  # labels per class
+DRAWS = 5  # random draws of the few labels, the same for every representation
+STRENGTHS = (1.0, 10.0, 100.0)  # inverse regularization of the probe, cross-validated
 COLUMNS = {
     "linear_10": f"linear, {FEW} labels a class",
     "knn_10": f"1-NN, {FEW} labels a class",
@@ -27,7 +27,7 @@ COLUMNS = {
 def compare(
     representations: dict[str, Callable[[Tensor], Tensor]], images: Images
 ) -> dict[str, dict[str, float]]:
-    """Return the accuracies of each representation of the images, and show them as a table."""
+    """Return the accuracies of each representation of the images, and print them as a table."""
     if images.train_labels is None or images.held_out_labels is None:
         print("no labels (two subfolders or more, with 5 images each): no evaluation")
         return {}
@@ -49,10 +49,10 @@ def compare(
 def evaluate(
     train: np.ndarray, train_labels: np.ndarray, held_out: np.ndarray, held_out_labels: np.ndarray
 ) -> dict[str, float]:
-    """Return the held-out accuracy, in per cent, for each of ``COLUMNS`` that the data allow.
+    """Return the held-out accuracy, in percent, for each of ``COLUMNS`` that the data permit.
 
-    Every representation goes through the same protocol: rows of unit length, so that k-NN goes by
-    cosine, and a logistic regression whose regularisation is chosen within the labels it is given.
+    The protocol is the same for every representation. Rows have unit length, so k-NN uses cosines.
+    The regularization of the logistic regression is chosen on its training labels.
 
     Args:
         train: (N, D) features.
@@ -94,7 +94,7 @@ def few_of_each_class(labels: np.ndarray, draw: int) -> np.ndarray:
 
 
 def table(accuracies: dict[str, dict[str, float]]) -> str:
-    """Return the accuracies as an aligned table, one row a representation."""
+    """Return the accuracies as an aligned table, one row per representation."""
     columns = [column for column in COLUMNS if column in next(iter(accuracies.values()))]
     header = ["accuracy, %", *(COLUMNS[column] for column in columns)]
     rows = [

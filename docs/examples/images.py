@@ -1,4 +1,4 @@
-"""The images that pretrain.py learns from: digits from a package, or a folder of the user's own."""
+"""The images of pretrain.py: digits from a package, or a folder of the user."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-SPLIT_SEED = 0  # of the split into training and held-out images, which no option changes
+SPLIT_SEED = 0  # of the split into training and held-out images; no option changes it
 ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images, uint8 (N, C, H, W), and their labels if they have any, int64 (N,)."""
+    """Images, uint8 (N, C, H, W), and optional labels, int64 (N,)."""
 
     train: Tensor
     train_labels: Tensor | None
@@ -41,15 +41,15 @@ class Images:
         return "\n".join(lines)
 
     def to(self, device: torch.device) -> Images:
-        """Return the same with the pixels on ``device``."""
+        """Return a copy with the pixels on ``device``."""
         return replace(self, train=self.train.to(device), held_out=self.held_out.to(device))
 
 
 def load_images(source: str, *, validation: bool, image_size: int) -> Images:
-    """Return the images of ``source``, split.
+    """Return the training and held-out images of ``source``.
 
-    The test split is set aside first. With ``validation`` it is left alone, and a part of the
-    training images is held out in its place.
+    The held-out images are the test split. With ``validation``, they are a part of the training
+    images instead, and the test split is not used.
     """
     classes, unreadable = [str(digit) for digit in range(10)], {}
     if source == "mnist":
@@ -78,23 +78,23 @@ def load_images(source: str, *, validation: bool, image_size: int) -> Images:
 
 
 def split(rows: np.ndarray, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Hold out a fifth, of each label if there are any; nothing where there are no labels."""
+    """Hold out a fifth of the images of each label, or none if there are no labels."""
     if labels is None:
         return rows, rows[:0]
     try:
         train, held_out = train_test_split(
             rows, test_size=0.2, stratify=labels[rows], random_state=SPLIT_SEED
         )
-    except ValueError as error:  # the first split is of 5 images a class or more
+    except ValueError as error:  # the first split has at least 5 images per class
         raise UserError(f"--validation: too few images ({len(rows)}) to split again") from error
     return np.sort(train), np.sort(held_out)
 
 
 def labels_of(names: list[str]) -> tuple[list[str], np.ndarray | None]:
-    """Return the classes and the label of each image, if there are any.
+    """Return the classes and the label of each image, or no labels.
 
-    There are labels if every image is in a class, and there are at least two classes, with at
-    least 5 images each, so that each class appears in both parts of a split.
+    Labels require that every image has a class, and at least two classes of at least 5 images
+    each. Each class is then in both parts of a split.
     """
     classes, labels, counts = np.unique(names, return_inverse=True, return_counts=True)
     if len(classes) < 2 or "" in classes or counts.min() < 5:
@@ -105,8 +105,8 @@ def labels_of(names: list[str]) -> tuple[list[str], np.ndarray | None]:
 def read_folder(folder: Path, size: int) -> tuple[np.ndarray, list[str], dict[str, str]]:
     """Return RGB pixels (N, 3, size, size), the class of each image, and the unreadable files.
 
-    The class is the name of the immediate subfolder that holds the image, however deep, or "".
-    Each unreadable file is given with the reason.
+    The class is the name of the top-level subfolder that contains the image, at any depth, or "".
+    Each unreadable file has a reason.
     """
     if not folder.is_dir():
         raise UserError(f"--data must be mnist, digits or a folder, got {str(folder)!r}")
@@ -116,7 +116,7 @@ def read_folder(folder: Path, size: int) -> tuple[np.ndarray, list[str], dict[st
         try:
             with Image.open(path) as image:
                 square = ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC)
-        except Exception as error:  # each decoder raises kinds of its own
+        except Exception as error:  # each decoder raises its own types
             unreadable[within.as_posix()] = reason(error)
             continue
         pixels.append(np.asarray(square).transpose(2, 0, 1))
@@ -128,9 +128,9 @@ def read_folder(folder: Path, size: int) -> tuple[np.ndarray, list[str], dict[st
 
 
 def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Yield the images at any depth, sorted, and whatever cannot be looked into.
+    """Yield the images at any depth, sorted, and folders and links that cannot be read.
 
-    Symbolic links are followed, except to a folder that the link itself is in.
+    Symbolic links are followed, except to a folder that contains the link.
     """
     real = folder.resolve()
     if real in above:
@@ -138,29 +138,29 @@ def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     try:
         paths = sorted(folder.iterdir())
     except OSError:
-        yield folder  # opening it as an image tells why
+        yield folder  # opening it as an image gives the reason
         return
     for path in paths:
         if path.is_dir():
             yield from files_below(path, (*above, real))
-        elif path.suffix.lower() in ENDINGS or not path.exists():  # a link that leads nowhere
+        elif path.suffix.lower() in ENDINGS or not path.exists():  # a broken link
             yield path
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return an image of any mode, upright, in 8-bit RGB.
 
-    Gray values of more than 8 bits are scaled: 16-bit and integer ones from 0 to 65535, floats from
-    0 to 1. Transparent pixels show white.
+    Gray values of more than 8 bits are scaled: 16-bit and integer values from [0, 65535], floats
+    from [0, 1]. Transparent pixels become white.
 
     Raises:
-        ValueError: If a value lies outside that range.
+        ValueError: If a value is outside this range.
     """
     image = ImageOps.exif_transpose(image)
     transparent = image.info.get("transparency")
     if image.mode[0] in "IF":  # I, I;16 in any byte order, F
         most, values = 1 if image.mode == "F" else 65535, np.asarray(image)
-        if not (values.min() >= 0 and values.max() <= most):  # nan is neither
+        if not (values.min() >= 0 and values.max() <= most):  # also fails for NaN
             raise ValueError(
                 f"values of mode {image.mode} must be in [0, {most}], "
                 f"got {values.min():g} to {values.max():g}"
@@ -175,13 +175,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def reason(error: Exception) -> str:
-    """Return what an exception says in one line."""
+    """Return the message of an exception in one line."""
     said = getattr(error, "strerror", None) or str(error)
     return said.splitlines()[0] if said else type(error).__name__
 
 
 def first_few(unreadable: dict[str, str], most: int = 3) -> list[str]:
-    """Return the first files and their reasons, and how many more there are."""
+    """Return the first files with their reasons, and the number of further files."""
     lines = [f"{name}: {why}" for name, why in list(unreadable.items())[:most]]
     rest = len(unreadable) - most
     return [*lines, f"{rest} more"] if rest > 0 else lines

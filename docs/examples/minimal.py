@@ -38,7 +38,7 @@ large = CropGroup(size=28, count=2, scale=(0.7, 1.0), flip=0.0, photometric=dist
 small = CropGroup(size=20, count=2, scale=(0.5, 0.9), flip=0.0, photometric=distort)
 transform = MultiCropTransform([large, small], mean=0.5, std=0.5)
 criterion = SwAVLoss(feature_dim=64, num_prototypes=100, epsilon=0.02, freeze_steps=50)
-# The prototypes are parameters of the loss, so the optimizer gets them too.
+# The prototypes are parameters of the loss, so the optimizer needs them as well.
 optimizer = torch.optim.AdamW([*network.parameters(), *criterion.parameters()])
 steps = len(train) // BATCH_SIZE
 schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=EPOCHS * steps)

@@ -13,12 +13,12 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 BLUE, GREY, RED = "#2f6db3", "#8a8a8a", "#c0392b"
-MARKERS = "os^Dv*Pp<>"  # one for each ten classes, which have a color each
+MARKERS = "os^Dv*Pp<>"  # one for ten classes, which differ in color
 MOST_CLASSES = 10 * len(MARKERS)  # in a legend
 
 
 def crops(views: list[Tensor], mean: float, std: float) -> Figure:
-    """Show the crops of some images as the network sees them."""
+    """Show the crops of some images, the input of the network."""
     columns, rows = len(views), len(views[0])
     figure = Figure(figsize=(max(4.0, columns * 1.1), rows * 1.1 + 1.2), layout="constrained")
     cells = figure.subplots(rows, columns, squeeze=False)
@@ -41,7 +41,7 @@ def crops(views: list[Tensor], mean: float, std: float) -> Figure:
 
 
 def loss(losses: list[float], chance: float) -> Figure:
-    """Show the loss of every step, smoothed, and the line where nothing is learned."""
+    """Show the loss of every step, its moving average, and the loss of equal scores."""
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     window = max(1, min(50, len(losses) // 10))
@@ -72,7 +72,7 @@ def loss(losses: list[float], chance: float) -> Figure:
 
 
 def usage(shares: Tensor, perplexity: float) -> Figure:
-    """Show how many images each prototype is the nearest of."""
+    """Show the share of images whose nearest prototype is each prototype."""
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     ordered = np.sort(shares.numpy())[::-1] * 100
@@ -167,13 +167,13 @@ def feature_map(features: Tensor, labels: Tensor | None, classes: list[str], wha
 
 
 def legend_text(name: str) -> str:
-    """Return a class name as matplotlib shows it: no mathematics, not too long, never hidden."""
+    """Return a class name for a legend: shortened, not parsed as mathematics, never hidden."""
     name = name if len(name) <= 24 else name[:23] + "…"
     return " " * name.startswith("_") + name.replace("$", r"\$")
 
 
 def explain(figure: Figure, title: str, sentence: str) -> Figure:
-    """Put a title above a figure, and below it what one sees."""
+    """Add a title above a figure and a description below it."""
     figure.suptitle(title, fontsize=11)
     width = int(figure.get_figwidth() * 15)
     figure.supxlabel(textwrap.fill(sentence, width), fontsize=8, color="#444444")

@@ -1,18 +1,16 @@
-"""Pretrain a small convolutional encoder with SwAV on real, unlabelled images, and evaluate it.
+"""Pretrain a small convolutional encoder with SwAV on real, unlabeled images, and evaluate it.
 
     python docs/examples/pretrain.py                        # 4,000 MNIST digits
     python docs/examples/pretrain.py --data digits          # scikit-learn's 8x8 digits
     python docs/examples/pretrain.py --data path/to/images  # your own; subfolders are labels
-    torchrun --nproc-per-node 2 docs/examples/pretrain.py   # each batch on two processes
+    torchrun --nproc-per-node 2 docs/examples/pretrain.py   # each batch on two ranks
 
-``torchrun`` is in the same folder as ``python``: ``.venv/bin/torchrun`` where that is
-``.venv/bin/python``.
+``torchrun`` is in the same folder as ``python``: ``.venv/bin/torchrun`` for ``.venv/bin/python``.
 
-The training loop in ``train`` is of the kind that users of swavkit write themselves: crops,
-features, loss, step. Labels serve the evaluation only. Everything is written into one folder:
-``metrics.json``, ``checkpoint.pt`` (from which training goes on with ``--resume``) and pictures.
-The exit status is 0 for a finished run, 2 for an error that the user can put right, 3 for a
-training that diverges, 130 for Ctrl-C.
+``train`` contains the training loop: crops, features, loss, step. Labels are used for evaluation
+only. The output folder holds ``metrics.json``, ``checkpoint.pt`` and pictures. ``--resume``
+continues from the checkpoint. The exit status is 0 for a finished run, 2 for an error that the user
+can correct, 3 if training diverges, and 130 for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -64,11 +62,11 @@ except ModuleNotFoundError as missing:
 
 
 class Model(nn.Module):
-    """From crops to the loss, as one module for DistributedDataParallel to wrap.
+    """Compute the loss from crops, as one module for DistributedDataParallel.
 
-    All parameters are then inside, and the passes of ``multi_crop_forward`` are one forward of the
-    wrapper. A wrapped network that is called once a resolution fails in the backward pass: the
-    wrapper synchronizes BatchNorm's buffers, in place, before every call.
+    It contains all parameters. The passes of ``multi_crop_forward`` are then one forward of the
+    wrapper. If the network alone is wrapped and called once per resolution, the backward pass can
+    fail, because the wrapper synchronizes BatchNorm's buffers in place before every call.
     """
 
     def __init__(self, network: nn.Module, criterion: SwAVLoss) -> None:
@@ -81,7 +79,7 @@ class Model(nn.Module):
 
 
 def prepare(settings: Settings, images: Tensor, code_views: int) -> Training:
-    """Return the training before its first step, on the device of the images."""
+    """Return the initial training state, on the device of the images."""
     criterion = SwAVLoss(
         settings.feature_dim,
         settings.prototypes,
@@ -115,11 +113,11 @@ def prepare(settings: Settings, images: Tensor, code_views: int) -> Training:
 def train(
     training: Training, settings: Settings, transform: MultiCropTransform, images: Tensor
 ) -> None:
-    """Train to the last epoch, with a checkpoint after each."""
+    """Train to the last epoch, and write a checkpoint after each epoch."""
     model: nn.Module = Model(training.network, training.criterion)
     if processes.SIZE > 1:
         model = DistributedDataParallel(model)
-    chance = math.log(settings.prototypes)  # the loss of scores that are all equal
+    chance = math.log(settings.prototypes)  # the loss of equal scores
     steps = len(images) // settings.batch_size  # in an epoch
     in_epoch = steps * settings.batch_size
     progress = tqdm(
@@ -160,7 +158,7 @@ def train(
 
 
 def read_losses(training: Training, unread: list[Tensor]) -> None:
-    """Move losses to ``training.losses``. Every process raises if one is not finite on any."""
+    """Move losses to ``training.losses``. All ranks raise if a loss is not finite on any rank."""
     for loss in processes.mean(torch.stack(unread)).tolist():
         if not math.isfinite(loss):
             raise diverged(training, f"the loss is {loss} at step {len(training.losses) + 1}")
@@ -169,7 +167,7 @@ def read_losses(training: Training, unread: list[Tensor]) -> None:
 
 
 def diverged(training: Training, what: str) -> TrainingError:
-    """Return the error of a training that left the finite numbers."""
+    """Return the error for a training whose values are not finite."""
     kept = f"the checkpoint of epoch {training.epoch} stays" if training.epoch else "no checkpoint"
     return TrainingError(f"{what}: training stopped ({kept}); try a smaller --learning-rate")
 
@@ -177,7 +175,7 @@ def diverged(training: Training, what: str) -> TrainingError:
 def draw(
     training: Training, settings: Settings, transform: MultiCropTransform, images: Images
 ) -> float:
-    """Write the pictures, warn if the training failed, and return the prototypes' perplexity."""
+    """Write the pictures, warn if training failed, and return the prototypes' perplexity."""
     prototypes = training.criterion.prototypes.cpu()
     chance = math.log(prototypes.num_prototypes)
     projected = features_of(training.network, images.train)
@@ -218,13 +216,13 @@ def draw(
 
 
 def run(settings: Settings) -> None:
-    """Pretrain, evaluate and write everything into the output folder."""
+    """Pretrain, evaluate, and write the results into the output folder."""
     started = time.perf_counter()
     check_output(settings)
     device = choose_device(settings.device)
     processes.join(device)
-    # The probes are many products of milliseconds. Two threads of each library below scikit-learn
-    # spend them waiting for each other, the more so on a busy machine.
+    # The probes consist of many short products. With two threads, the libraries below scikit-learn
+    # mostly wait for each other, especially on a busy machine.
     threadpool_limits(1)
     torch.set_num_threads(settings.threads)
     groups = crop_groups(settings, distort_digits)
@@ -249,7 +247,7 @@ def run(settings: Settings) -> None:
     except ValueError as error:
         raise UserError(str(error)) from error
     make_room(settings, checkpoint(training, settings, images.train))
-    if processes.RANK > 0:  # other crops on each process
+    if processes.RANK > 0:  # different crops on each rank
         torch.manual_seed(settings.seed + 10**9 * processes.RANK)
     untrained = copy.deepcopy(training.network.encoder)
     if settings.resume:

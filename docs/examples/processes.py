@@ -1,4 +1,4 @@
-"""The processes that ``torchrun`` has started, or this one alone."""
+"""Communication between the ranks that ``torchrun`` started; a no-op on one rank."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ RANK, SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)
 
 
 def join(device: torch.device) -> None:
-    """Meet the other processes, if there are any."""
+    """Initialize the process group, if there are other ranks."""
     if SIZE > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 def leave() -> None:
-    """Let go of the others."""
+    """Destroy the process group."""
     if SIZE > 1:
         gc.collect()  # DDP holds the group in a cycle, and its threads would outlive the program
         dist.destroy_process_group()
 
 
 def everyones(value: Any) -> list[Any]:
-    """Return the values of all processes."""
+    """Return the values of all ranks."""
     values = [value]
     if SIZE > 1:
         values *= SIZE
@@ -36,20 +36,20 @@ def everyones(value: Any) -> list[Any]:
 
 
 def of_the_first(values: Tensor) -> Tensor:
-    """Return what the first process has."""
+    """Return the values of rank 0."""
     if SIZE > 1:
         dist.broadcast(values, 0)
     return values
 
 
 def mean(values: Tensor) -> Tensor:
-    """Return the mean over processes."""
+    """Return the mean over ranks."""
     if SIZE > 1:
         dist.all_reduce(values)
     return values / SIZE
 
 
 def say(text: str) -> None:
-    """Print a line, once on all processes together."""
+    """Print a line on rank 0 only."""
     if RANK == 0:
         print(text, flush=True)

@@ -1,4 +1,4 @@
-"""The command line of pretrain.py: one field, one option."""
+"""The command line of pretrain.py, with one option per field."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ FOLDER_CROPS = ("2x48,4x24", "0.3-1,0.1-0.4")
 
 
 class UserError(Exception):
-    """Something that the user can put right; it is shown as one line."""
+    """An error that the user can correct; it is shown in one line."""
 
     exit_status = 2
 
 
 class TrainingError(UserError):
-    """The training failed."""
+    """An error of the training."""
 
     exit_status = 3
 
 
 def option(default: Any, explanation: str) -> Any:
-    """Declare a field together with the help for its option."""
+    """Declare a field with the help text of its option."""
     return field(default=default, metadata={"help": explanation})
 
 
@@ -75,7 +75,7 @@ class Settings:
     compile: bool = option(False, "compile the network with torch.compile")
 
 
-# Which may differ between the run that wrote a checkpoint and the one that goes on from it.
+# Settings that may differ between the run that wrote a checkpoint and the run that resumes it.
 FREE_TO_CHANGE = {"output", "resume", "overwrite", "device", "threads", "compile"}
 
 LEAST = {
@@ -120,7 +120,7 @@ def parse(arguments: list[str] | None, description: str) -> Settings:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser with errors of one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -132,7 +132,7 @@ def flag(name: str) -> str:
 
 
 def crop_groups(settings: Settings, distort_digits: Any) -> list[CropGroup]:
-    """Return the crops that ``--crops`` and ``--scales`` describe."""
+    """Return the crops given by ``--crops`` and ``--scales``."""
     digits = settings.data in DIGIT_DATA
     crops, scales = DIGIT_DATA[settings.data] if digits else FOLDER_CROPS
     crops = crops if settings.crops == "auto" else settings.crops
@@ -150,7 +150,7 @@ def crop_groups(settings: Settings, distort_digits: Any) -> list[CropGroup]:
                 int(size),
                 int(count),
                 (float(least), float(most)),
-                flip=0.0 if digits else 0.5,  # a mirrored digit is none
+                flip=0.0 if digits else 0.5,  # a mirrored digit is not a digit
                 photometric=distort_digits if digits else PhotometricDistortion(),
             )
             for (count, size), (least, most) in zip(numbers, areas, strict=True)
@@ -163,7 +163,7 @@ def crop_groups(settings: Settings, distort_digits: Any) -> list[CropGroup]:
 
 
 def resolutions(name: str, text: str, pattern: str, example: str) -> list[tuple[str, ...]]:
-    """Return the numbers that an option gives for each resolution."""
+    """Return the numbers of an option for each resolution."""
     matches = [re.fullmatch(pattern, part) for part in text.split(",")]
     if not all(matches):
         raise UserError(f"{name} must be like {example}, got {text!r}")
@@ -171,9 +171,9 @@ def resolutions(name: str, text: str, pattern: str, example: str) -> list[tuple[
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device that ``--device`` names, once a tensor was made on it."""
+    """Return the device of ``--device``, after a test tensor was created on it."""
     if name == "auto":
-        rank = os.environ.get("LOCAL_RANK")  # given by torchrun
+        rank = os.environ.get("LOCAL_RANK")  # set by torchrun
         cuda = "cuda" if rank is None else f"cuda:{rank}"
         return torch.device(cuda if torch.cuda.is_available() else "cpu")
     try:

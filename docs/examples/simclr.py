@@ -1,11 +1,11 @@
-"""Train SimCLR with multi-crop: the crops and the pass through the network serve any method.
+"""Train SimCLR with multi-crop: the crops and ``multi_crop_forward`` work with any method.
 
     python docs/examples/simclr.py                  # 4,000 MNIST digits, about a minute on one core
     python docs/examples/simclr.py --data digits    # scikit-learn's 8x8 digits, seconds
 
-The loss, NT-Xent (Chen et al. 2020, arXiv 2002.05709), stands here. Every crop is contrasted with
-each of the two full ones: with six small crops that makes thirteen pairs an image where SimCLR has
-one, for about half as much again of computation at the published sizes.
+This file contains the loss, NT-Xent (Chen et al. 2020, arXiv 2002.05709). Every crop is contrasted
+with each of the two full crops. With six small crops, an image has thirteen pairs instead of one,
+for about 1.5 times the computation at the published sizes.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ TEMPERATURE = 0.2
 
 
 def nt_xent(one: Tensor, other: Tensor, temperature: float = TEMPERATURE) -> Tensor:
-    """Tell, for each of 2 B features, the other one of its image from 2 B - 2 of other images.
+    """Return the NT-Xent loss: each of 2 B features has one positive and 2 B - 2 negatives.
 
     Args:
         one: (B, D) features of one crop of each image.
-        other: (B, D) features of another.
-        temperature: Of the softmax over cosines.
+        other: (B, D) features of another crop.
+        temperature: The temperature of the softmax over cosines.
     """
     features = F.normalize(torch.cat([one, other]), dim=1)
     similarities = (features @ features.T / temperature).fill_diagonal_(-math.inf)
@@ -51,11 +51,11 @@ def nt_xent(one: Tensor, other: Tensor, temperature: float = TEMPERATURE) -> Ten
 
 
 def multi_crop_nt_xent(features: Tensor, full_crops: int = FULL_CROPS) -> Tensor:
-    """Return the mean over the pairs of a full crop and any later one.
+    """Return the mean loss over the pairs of a full crop and any later crop.
 
     Args:
-        features: (V, B, D), those of the full crops first.
-        full_crops: How many there are.
+        features: (V, B, D) features, the full crops first.
+        full_crops: The number of full crops.
     """
     pairs = [
         (full, other) for full in range(full_crops) for other in range(full + 1, len(features))
@@ -64,7 +64,7 @@ def multi_crop_nt_xent(features: Tensor, full_crops: int = FULL_CROPS) -> Tensor
 
 
 def train(network: Network, images: Tensor, *, epochs: int, batch_size: int) -> list[float]:
-    """Train and return the loss of each step."""
+    """Train the network and return the loss of each step."""
     size = images.shape[-1]
     small = max(1, round(0.7 * size))
     transform = MultiCropTransform(
