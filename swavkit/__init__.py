@@ -9,6 +9,7 @@ from swavkit.code_prediction import CodePredictionLoss, code_prediction_loss
 from swavkit.feature_queue import FeatureQueue
 from swavkit.multicrop.crop_group import CropGroup
 from swavkit.multicrop.forward import multi_crop_forward
+from swavkit.multicrop.masks import crop_masks
 from swavkit.multicrop.photometric import PhotometricDistortion
 from swavkit.multicrop.transform import MultiCropTransform
 from swavkit.prototypes import PrototypeLayer
@@ -29,6 +30,7 @@ __all__ = [
     "SwAVLoss",
     "SwappedPredictionLoss",
     "code_prediction_loss",
+    "crop_masks",
     "load_sharded_state_dict",
     "marginal_error",
     "multi_crop_forward",

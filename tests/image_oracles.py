@@ -6,6 +6,7 @@ import colorsys
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -48,22 +49,63 @@ def random_crops(
     return crops.to(dtype)
 
 
-def resize_weights(length: int, size: int) -> np.ndarray:
-    """Row i: a triangle around the centre of output pixel i, widened where pixels are merged."""
+def triangle(x: float) -> float:
+    return max(0.0, 1 - abs(x))
+
+
+def cubic(x: float) -> float:
+    """Keys 1981, equation 8, with the a of PIL."""
+    x, a = abs(x), -0.5
+    if x < 1:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+    return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
+
+
+FILTERS = {"bilinear": triangle, "bicubic": cubic}
+
+
+def resize_weights(length: int, size: int, interpolation: str = "bilinear") -> np.ndarray:
+    """Row i: a filter around the center of output pixel i, widened where pixels are merged."""
     step = length / size
     reach = max(step, 1.0)
     weights = np.zeros((size, length))
     for i, j in itertools.product(range(size), range(length)):
-        weights[i, j] = max(0.0, 1 - abs(j + 0.5 - (i + 0.5) * step) / reach)
+        weights[i, j] = FILTERS[interpolation]((j + 0.5 - (i + 0.5) * step) / reach)
     return weights / weights.sum(1, keepdims=True)
 
 
-def resized_box(image: np.ndarray, box: Sequence[float], size: int) -> np.ndarray:
-    """Cut (top, left, height, width, mirrored) out of (C, H, W)."""
+def resized_box(
+    image: np.ndarray,
+    box: Sequence[float],
+    size: int | tuple[int, int],
+    interpolation: str = "bilinear",
+    *,
+    eight_bit: bool = False,
+) -> np.ndarray:
+    """Cut (top, left, height, width, mirrored) out of (C, H, W); nothing is clamped.
+
+    With ``eight_bit``, pixels are rounded to 0 to 255 after each axis, the horizontal one first.
+    """
     top, left, height, width, mirrored = (int(number) for number in box)
+    rows, columns = size if isinstance(size, tuple) else (size, size)
     crop = image[:, top : top + height, left : left + width]
-    crop = resize_weights(height, size) @ crop @ resize_weights(width, size).T
+    crop = crop @ resize_weights(width, columns, interpolation).T
+    crop = np.clip(np.round(crop), 0, 255) if eight_bit else crop
+    crop = resize_weights(height, rows, interpolation) @ crop
+    crop = np.clip(np.round(crop), 0, 255) if eight_bit else crop
     return crop[:, :, ::-1] if mirrored else crop
+
+
+def nearest_box(mask: np.ndarray, box: Sequence[int], size: tuple[int, int]) -> np.ndarray:
+    """Cut (top, left, height, width, mirrored) out of (..., H, W) without mixing pixels."""
+    top, left, height, width, mirrored = (int(number) for number in box)
+    crop = np.empty((*mask.shape[:-2], *size), mask.dtype)
+    for i, j in np.ndindex(size):
+        row, column = ((Fraction(2 * k + 1, 2) * n / s).__floor__()
+                       for k, n, s in ((i, height, size[0]), (j, width, size[1])))  # fmt: skip
+        place = size[1] - 1 - j if mirrored else j
+        crop[..., i, place] = mask[..., top + row, left + column]
+    return crop
 
 
 def grey(crop: np.ndarray) -> np.ndarray:

@@ -719,6 +719,21 @@ def test_channels_last_batches_give_channels_last_crops(requires_grad):
     [
         ({"size": 0}, ValueError, r"size must be at least 1, got 0"),
         ({"size": 2.0}, TypeError, r"size must be an int, got float"),
+        (
+            {"size": (8, 8, 3)},
+            ValueError,
+            r"CropGroup\(\(8, 8, 3\), 1\): size must be an int or \(height, width\), got \(8,",
+        ),
+        ({"size": ()}, ValueError, r"size must be an int or \(height, width\), got \(\)"),
+        ({"size": (8, 0)}, ValueError, r"size\[1\] must be at least 1, got 0"),
+        ({"size": [8.0, 8]}, TypeError, r"size\[0\] must be an int, got float"),
+        ({"size": None}, TypeError, r"size must be an int, got NoneType"),
+        (
+            {"interpolation": "nearest"},
+            ValueError,
+            r"\): interpolation must be 'bilinear' or 'bicubic', got 'nearest'",
+        ),
+        ({"interpolation": 3}, ValueError, r"interpolation must be 'bilinear' or .*, got 3"),
         ({"count": -1}, ValueError, r"CropGroup\(8, -1\): count must be at least 0, got -1"),
         ({"count": True}, TypeError, r"count must be an int, got bool"),
         ({"scale": 0.5}, TypeError, r"scale must be two numbers \(low, high\), got float"),
@@ -755,6 +770,11 @@ def test_bad_groups(settings, error, message):
             {"crops": PLAIN[::-1]},
             ValueError,
             r"crops\[0\] .* largest .* 6 there and 12 in crops\[1\]; smaller_first=True",
+        ),
+        (
+            {"crops": (CropGroup((3, 15), 1, (0.1, 1.0)), CropGroup(7, 1, (0.1, 1.0)))},
+            ValueError,
+            r"crops\[0\] .* largest .* \(3, 15\) there and 7 in crops\[1\]; smaller_first=True",
         ),
         (
             {"crops": [CropGroup(8, 0, (0.1, 1.0)), CropGroup(6, 0, (0.1, 1.0))]},

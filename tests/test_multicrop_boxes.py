@@ -141,33 +141,44 @@ BOXES = [
 ]
 
 
-def one_by_one(images: torch.Tensor, size: int) -> torch.Tensor:
+each_interpolation = pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+
+
+def one_by_one(images: torch.Tensor, size: box_ops.Size, *interpolation: str) -> torch.Tensor:
     return torch.stack(
-        [box_ops.cut(image, box, size) for image, box in zip(images, BOXES, strict=True)]
+        [
+            box_ops.cut(image, box, size, *interpolation)
+            for image, box in zip(images, BOXES, strict=True)
+        ]
     )
 
 
-def at_once(images: torch.Tensor, size: int) -> torch.Tensor:
-    return box_ops.cut_batch(images, torch.tensor(BOXES, device=images.device), size)
+def at_once(images: torch.Tensor, size: box_ops.Size, *interpolation: str) -> torch.Tensor:
+    boxes = torch.tensor(BOXES, device=images.device)
+    return box_ops.cut_batch(images, boxes, size, *interpolation)
 
 
-@pytest.mark.parametrize("size", [1, 8, 40])
+@each_interpolation
+@pytest.mark.parametrize("size", [1, 8, 40, (5, 12), (12, 5), (40, 1)])
 @pytest.mark.parametrize("channels", [1, 2, 5])
-def test_crops_are_the_antialiased_boxes_of_their_own_images(size, channels, device):
+def test_crops_are_the_antialiased_boxes_of_their_own_images(size, channels, interpolation, device):
     batch = torch.rand(5, channels, 23, 31, generator=seeded(), dtype=torch.float64)
     expected = [
-        resized_box(image, box, size) for image, box in zip(batch.numpy(), BOXES, strict=True)
+        resized_box(image, box, size, interpolation)
+        for image, box in zip(batch.numpy(), BOXES, strict=True)
     ]
-    np.testing.assert_allclose(one_by_one(batch, size), expected, atol=PIXEL)
-    np.testing.assert_allclose(at_once(batch.to(device), size).cpu(), expected, atol=1e-12)
+    np.testing.assert_allclose(one_by_one(batch, size, interpolation), expected, atol=PIXEL)
+    crops = at_once(batch.to(device), size, interpolation).cpu()
+    np.testing.assert_allclose(crops, expected, atol=1e-12)
 
 
+@each_interpolation
 @pytest.mark.parametrize(("height", "width"), [(2, 3000), (3000, 2), (700, 900)])
-def test_both_ways_agree_on_large_boxes_in_float32(height, width):
+def test_both_ways_agree_on_large_boxes_in_float32(height, width, interpolation):
     image = torch.rand(1, 1, height, width, generator=seeded())
     box = [0, 0, height, width, 1]
-    crops = box_ops.cut(image[0], box, 96)[None]
-    together = box_ops.cut_batch(image, torch.tensor([box]), 96)
+    crops = box_ops.cut(image[0], box, 96, interpolation)[None]
+    together = box_ops.cut_batch(image, torch.tensor([box]), 96, interpolation)
     torch.testing.assert_close(together, crops, atol=1e-4, rtol=0)
 
 
@@ -191,9 +202,10 @@ LAYOUTS = {
 }
 
 
+@each_interpolation
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
-def test_8_bit_resizing_is_right_in_any_order_of_memory(channels, layout):
+def test_8_bit_resizing_is_right_in_any_order_of_memory(channels, layout, interpolation):
     lengths = (1, 2, 7)
     for height, width, size in itertools.product(lengths, lengths, (1, 2, 5)):
         image = torch.randint(
@@ -203,8 +215,10 @@ def test_8_bit_resizing_is_right_in_any_order_of_memory(channels, layout):
         assert torch.equal(arranged, image)
         for box_height, box_width in itertools.product({1, height}, {1, width}):
             box = [height - box_height, width - box_width, box_height, box_width, 0]
-            expected = resized_box(image.numpy().astype(float), box, size)
-            crop = box_ops.cut(arranged, box, size)
+            expected = resized_box(
+                image.numpy().astype(float), box, size, interpolation, eight_bit=True
+            )
+            crop = box_ops.cut(arranged, box, size, interpolation)
             assert crop.dtype == torch.uint8
             np.testing.assert_allclose(crop, expected, atol=1.5)
 
@@ -310,11 +324,12 @@ def test_a_crop_has_second_derivatives():
     torch.autograd.gradgradcheck(lambda images: box_ops.cut_batch(images, boxes, 2) ** 2, pixels)
 
 
-def test_the_matrices_hold_what_interpolate_does():
+@each_interpolation
+def test_the_matrices_hold_what_interpolate_does(interpolation):
     image = torch.rand(1, 2, 37, 53, generator=seeded(), dtype=torch.float64)
-    for size in (5, 37, 60):
-        expected = F.interpolate(image, size=(size, size), mode="bilinear", antialias=True)
-        crops = box_ops.cut_batch(image, torch.tensor([[0, 0, 37, 53, 0]]), size)
+    for size in ((5, 5), (37, 37), (60, 60), (11, 90)):
+        expected = F.interpolate(image, size=size, mode=interpolation, antialias=True)
+        crops = box_ops.cut_batch(image, torch.tensor([[0, 0, 37, 53, 0]]), size, interpolation)
         torch.testing.assert_close(crops, expected, atol=PIXEL, rtol=0)
 
 
@@ -340,40 +355,41 @@ def test_any_box_lies_inside_any_image(height, width, scale, ratio, flip, seed):
 
 @st.composite
 def cuts(draw: st.DrawFn):
-    """An image, a box in it and the size of a crop."""
-    height, width, size = (draw(st.integers(1, 40)) for _ in range(3))
+    """An image, a box in it, and the size and interpolation of a crop."""
+    height, width, *size = (draw(st.integers(1, 40)) for _ in range(4))
     top, left = draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
     box = [top, left, draw(st.integers(1, height - top)), draw(st.integers(1, width - left)), 0]
     image = torch.rand(2, height, width, generator=seeded(draw(st.integers(0, 99)))).double()
-    return image, box, size
+    return image, box, (tuple(size), draw(st.sampled_from(["bilinear", "bicubic"])))
 
 
 @given(cuts())
 def test_both_ways_cut_the_same(cut):
-    image, box, size = cut
+    image, box, resizing = cut
     for mirrored in (0, 1):
         box[4] = mirrored
-        together = box_ops.cut_batch(image[None], torch.tensor([box]), size)[0]
-        torch.testing.assert_close(box_ops.cut(image, box, size), together, atol=PIXEL, rtol=0)
+        together = box_ops.cut_batch(image[None], torch.tensor([box]), *resizing)[0]
+        torch.testing.assert_close(box_ops.cut(image, box, *resizing), together, atol=PIXEL, rtol=0)
 
 
 @given(cuts())
 def test_cutting_is_linear_keeps_constants_and_sees_nothing_outside_the_box(cut):
-    image, box, size = cut
+    image, box, resizing = cut
     top, left, height, width, _ = box
-    crop = box_ops.cut_batch(image[None], torch.tensor([box]), size)
-    affine = box_ops.cut_batch(3 * image[None] + 0.25, torch.tensor([box]), size)
+    crop = box_ops.cut_batch(image[None], torch.tensor([box]), *resizing)
+    affine = box_ops.cut_batch(3 * image[None] + 0.25, torch.tensor([box]), *resizing)
     torch.testing.assert_close(affine, 3 * crop + 0.25)
     elsewhere = torch.rand_like(image)
     inside = (slice(None), slice(top, top + height), slice(left, left + width))
     elsewhere[inside] = image[inside]
-    same = box_ops.cut_batch(elsewhere[None], torch.tensor([box]), size)
+    same = box_ops.cut_batch(elsewhere[None], torch.tensor([box]), *resizing)
     torch.testing.assert_close(same, crop)
 
 
 @given(cuts())
 def test_a_mirrored_crop_is_the_crop_mirrored(cut):
-    image, box, size = cut
+    image, box, resizing = cut
     mirrored = [*box[:4], 1]
-    crops = box_ops.cut_batch(image.expand(2, *image.shape), torch.tensor([box, mirrored]), size)
+    both = torch.tensor([box, mirrored])
+    crops = box_ops.cut_batch(image.expand(2, *image.shape), both, *resizing)
     torch.testing.assert_close(crops[1], crops[0].flip(-1))

@@ -96,6 +96,76 @@ def test_a_key_says_where_the_features_are(wrap, key):
     assert torch.equal(features, expected)
 
 
+# Tokens and feature maps
+
+OUTPUTS = {
+    "features": lambda maps: maps.mean((2, 3)),
+    "tokens of one number": lambda maps: maps.mean(3)[:, :, :2].mT,
+    "tokens": lambda maps: maps.flatten(2).mT,
+    "maps of one size": lambda maps: maps[:, :, :3, :2],
+    "maps": lambda maps: maps,
+}
+each_output = pytest.mark.parametrize("output", OUTPUTS)
+
+
+@each_output
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("batch", [0, 1, 4])
+def test_tokens_and_maps_are_those_of_one_pass_per_crop(output, together, batch):
+    layer = torch.nn.Conv2d(3, 5, 3).double()
+    seen = []
+
+    def network(crops: torch.Tensor) -> dict[str, torch.Tensor]:
+        seen.append(len(crops))
+        return {"here": OUTPUTS[output](layer(crops))}
+
+    crops = [torch.rand(batch, 3, h, w).double() for h, w in ((6, 7), (8, 7), (6, 7), (6, 9))]
+    views = multi_crop_forward(network, crops, key="here", together=together)
+    assert seen == ([2 * batch, batch, batch] if together else [batch] * 4)
+    expected = [OUTPUTS[output](layer(crop)) for crop in crops]
+    assert isinstance(views, list) == (output in ("tokens", "maps"))
+    if not isinstance(views, list):
+        assert views.shape == (4, *expected[0].shape)
+    for one, other in zip(views, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@each_output
+@pytest.mark.parametrize("together", [True, False])
+def test_tokens_and_maps_of_one_resolution_are_stacked(output, together):
+    crops = [torch.rand(2, 3, 8, 8) for _ in range(3)]
+    views = multi_crop_forward(OUTPUTS[output], crops, together=together)
+    torch.testing.assert_close(views, torch.stack([OUTPUTS[output](crop) for crop in crops]))
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_the_gradient_reaches_through_a_list_of_maps(together):
+    network = torch.nn.Conv2d(3, 5, 3).double()
+    crops = [torch.rand(2, 3, size, size, dtype=torch.float64) for size in (6, 8, 6)]
+    maps = multi_crop_forward(network, crops, together=together)
+    sum(one.square().sum() for one in maps).backward()
+    gradient = network.weight.grad.clone()
+    network.zero_grad()
+    sum(network(crop).square().sum() for crop in crops).backward()
+    torch.testing.assert_close(gradient, network.weight.grad)
+
+
+# One pass per crop
+
+
+def test_one_pass_per_crop_has_batch_statistics_per_crop():
+    network = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Flatten(2)).double()
+    crops = [torch.rand(4, 3, 6, 6, dtype=torch.float64) * scale for scale in (1, 2, 3)]
+    apart = multi_crop_forward(network, crops, together=False)
+    assert network[0].num_batches_tracked == 3
+    for one, crop in zip(apart, crops, strict=True):
+        pixels = crop.numpy()
+        mean, variance = pixels.mean((0, 2, 3)), pixels.var((0, 2, 3))
+        expected = (pixels - mean[:, None, None]) / np.sqrt(variance + 1e-5)[:, None, None]
+        np.testing.assert_allclose(one.detach(), expected.reshape(4, 3, 36), atol=1e-12)
+    assert not torch.allclose(multi_crop_forward(network, crops), apart)
+
+
 # Under autocast
 
 
@@ -123,11 +193,15 @@ def test_any_dtypes_meet_under_autocast(autocast, crops_dtype, features_dtype):
 # Under compile, in channels-last memory, under DDP
 
 
-def test_it_compiles_into_one_graph():
-    network = Recorder().layers
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("layers", [3, 1], ids=["features", "maps"])
+def test_it_compiles_into_one_graph(layers, together):
+    network = Recorder().layers[:layers]
     backend = CountingBackend()
     compiled = torch.compile(
-        lambda crops: multi_crop_forward(network, crops), backend=backend, fullgraph=True
+        lambda crops: multi_crop_forward(network, crops, together=together),
+        backend=backend,
+        fullgraph=True,
     )
     for _ in range(3):
         crops = [torch.rand(2, 3, size, size) for size in (6, 8, 6)]
@@ -273,17 +347,29 @@ def test_bad_crops_to_forward(crops, error, message):
     ("network", "error", "message"),
     [
         (lambda crops: (crops,), TypeError, r"crops of 8x8 must be a torch.Tensor, got tuple"),
-        (lambda crops: crops.sum(), ValueError, r"must have shape \(4, D\), got \(\)"),
-        (lambda crops: crops.mean(1), ValueError, r"must have shape \(4, D\), got \(4, 8, 8\)"),
         (
-            lambda crops: crops[:2].flatten(1),
+            lambda crops: crops.sum(),
             ValueError,
-            r"must have shape \(4, D\), got \(2, 192\)",
+            r"must have shape \(4, D\), \(4, T, D\) or \(4, D, h, w\), got \(\)",
         ),
+        (lambda crops: crops.mean((1, 2, 3)), ValueError, r"\(4, D, h, w\), got \(4,\)"),
+        (lambda crops: crops[None], ValueError, r"\(4, D, h, w\), got \(1, 4, 3, 8, 8\)"),
+        (lambda crops: crops[:2].flatten(1), ValueError, r"\(4, D, h, w\), got \(2, 192\)"),
         (
             lambda crops: crops.flatten(1),
             ValueError,
             r"crops of 6x6 must have D = 192 .* got \(2, 108\)",
+        ),
+        (lambda crops: crops.mean(1), ValueError, r"6x6 must have D = 8 .* got \(2, 6, 6\)"),
+        (
+            lambda crops: crops.repeat(1, crops.shape[-1], 1, 1),
+            ValueError,
+            r"6x6 must have D = 24 .* got \(2, 18, 6, 6\)",
+        ),
+        (
+            lambda crops: crops if crops.shape[-1] == 8 else crops.flatten(2),
+            ValueError,
+            r"6x6 must have 4 dimensions as for the crops before, got shape \(2, 3, 36\)",
         ),
     ],
 )
@@ -309,3 +395,11 @@ def test_what_a_network_returns_is_checked(network, error, message):
 def test_bad_keys(output, key, error, message):
     with pytest.raises(error, match=message):
         multi_crop_forward(lambda crops: output, [torch.rand(2, 3, 8, 8)], key=key)
+
+
+@pytest.mark.parametrize("together", [None, 1, "yes"])
+def test_together_is_a_boolean(together):
+    network = Recorder()
+    with pytest.raises(ValueError, match=rf"together must be True or False, got {together!r}"):
+        multi_crop_forward(network, [torch.rand(2, 3, 8, 8)], together=together)
+    assert not network.shapes

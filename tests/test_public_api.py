@@ -41,7 +41,8 @@ CALLS = {
     "reduction='mean')",
     "CodePredictionLoss": "(temperature=0.1, reduction='mean')",
     "CodePredictionLoss.forward": "(self, scores, codes, sample_weight=None)",
-    "multi_crop_forward": "(network, crops, *, key=None)",
+    "multi_crop_forward": "(network, crops, *, key=None, together=True)",
+    "crop_masks": "(masks, boxes, flips, size)",
     "SinkhornKnopp": "(epsilon=0.05, iterations=3, *, process_group=None, synchronize=True, "
     "relaxation=inf, tolerance=None, hard=False, validate=False, dtype=None)",
     "SinkhornKnopp.forward": "(self, scores, sample_weight=None, prototype_weight=None)",
@@ -59,7 +60,7 @@ CALLS = {
     "FeatureQueue.__len__": "(self)",
     "FeatureQueue.__bool__": "(self)",
     "CropGroup": "(size, count, scale, ratio=(0.75, 1.3333333333333333), flip=0.5, "
-    f"photometric={PhotometricDistortion()})",
+    f"photometric={PhotometricDistortion()}, *, interpolation='bilinear')",
     "PhotometricDistortion": "(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, "
     "jitter_probability=0.8, greyscale_probability=0.2, blur_probability=0.5, "
     "blur_sigma=(0.1, 2.0), other_channels='error')",

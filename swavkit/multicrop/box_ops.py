@@ -7,6 +7,7 @@ random numbers. No function here draws any or synchronizes with a device.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,13 @@ from swavkit.multicrop.separable import filtered
 _TRIES = 10  # sampled boxes before the fallback to the largest central box
 NUMBERS = 2 * _TRIES + 3  # random numbers per box
 BOX = 5  # entries of a box
+Size: TypeAlias = int | tuple[int, int]  # of a square, or (height, width)
+Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
+
+
+def height_and_width(size: Size) -> tuple[int, int]:
+    """Return the height and width of a size."""
+    return size if isinstance(size, tuple) else (size, size)
 
 
 def draw_boxes(
@@ -53,35 +61,50 @@ def draw_boxes(
     return torch.stack([top, left, height, width, (mirror < flip).to(top)], dim=-1)
 
 
-def cut(image: Tensor, box: Sequence[float], size: int) -> Tensor:
-    """Return the pixels of a box, resized to (C, size, size); uint8 stays uint8, rounded.
+def cut(
+    image: Tensor, box: Sequence[float], size: Size, interpolation: Interpolation = "bilinear"
+) -> Tensor:
+    """Return the pixels of a box, resized with antialiasing; uint8 stays uint8, rounded.
+
+    Bicubic values are clamped for uint8 only: other dtypes do not say which values are valid.
 
     Args:
         image: (C, H, W) on the CPU.
         box: One box, as Python numbers.
-        size: Height and width of the crop.
+        size: Size of the crop.
+        interpolation: Filter of the resizing.
     """
     top, left, height, width, mirrored = map(int, box)
     pixels = image.narrow(1, top, height).narrow(2, left, width)
+    lengths = height_and_width(size)
     # A length of 1 makes the memory format ambiguous: torch then fails on uint8 or misreads it.
-    inexact = image.dtype == torch.uint8 and 1 in (height, width, size)
+    inexact = image.dtype == torch.uint8 and 1 in (height, width, *lengths)
     source = (pixels.float() if inexact else pixels)[None]
-    crop = F.interpolate(source, size=(size, size), mode="bilinear", antialias=True)[0]
+    if lengths[1] == 1:  # torch 2.13 returns a wrong column, but a right row
+        row = F.interpolate(source.mT, size=lengths[::-1], mode=interpolation, antialias=True)
+        crop = row[0].mT
+    else:
+        crop = F.interpolate(source, size=lengths, mode=interpolation, antialias=True)[0]
     if inexact:
-        crop = crop.round_().to(torch.uint8)
+        crop = crop.round_().clamp_(0, 255).to(torch.uint8)
     return crop.flip(-1) if mirrored else crop
 
 
-def cut_batch(batch: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Return the pixels of boxes (B, 5) in images (B, C, H, W), resized to (B, C, size, size).
+def cut_batch(
+    batch: Tensor, boxes: Tensor, size: Size, interpolation: Interpolation = "bilinear"
+) -> Tensor:
+    """Return the pixels of boxes (B, 5) in images (B, C, H, W), resized to (B, C, h, w).
 
     Antialiased resizing and mirroring are linear and separable. Each crop is W_y · I · W_xᵀ with
-    its own two matrices, so a batch of arbitrary boxes takes two batched products.
+    its own two matrices, so a batch of arbitrary boxes takes two batched products. Bicubic values
+    are not clamped.
     """
+    crop_height, crop_width = height_and_width(size)
     height, width = batch.shape[-2:]
     top, left, box_height, box_width, mirrored = boxes.to(batch.dtype).unbind(1)
-    rows = _resizing(top, box_height, torch.zeros_like(mirrored), height, size)
-    columns = _resizing(left, box_width, mirrored, width, size)
+    upright = torch.zeros_like(mirrored)
+    rows = _resizing(top, box_height, upright, height, crop_height, interpolation)
+    columns = _resizing(left, box_width, mirrored, width, crop_width, interpolation)
     return filtered(batch, rows, columns)
 
 
@@ -89,17 +112,31 @@ def _between(low: Tensor, high: Tensor, uniform: Tensor) -> Tensor:
     return low + (high - low) * uniform
 
 
-def _resizing(start: Tensor, length: Tensor, mirrored: Tensor, total: int, size: int) -> Tensor:
+def _resizing(
+    start: Tensor,
+    length: Tensor,
+    mirrored: Tensor,
+    total: int,
+    size: int,
+    interpolation: Interpolation,
+) -> Tensor:
     """Return the resizing matrices (B, size, total) along one axis.
 
-    Row i is a triangle filter around the center of output pixel i, widened for downsampling.
+    Row i is a filter around the center of output pixel i, widened for downsampling: a triangle, or
+    the cubic of Keys 1981 with a = -0.5, which is that of PIL and of torch with antialiasing.
     """
     position = torch.arange(total, device=start.device, dtype=start.dtype) - start[:, None]
     target = torch.arange(size, device=start.device, dtype=start.dtype)
     target = torch.where(mirrored[:, None] > 0, size - 1 - target, target)
     step = (length / size)[:, None, None]
     distance = (position[:, None, :] + 0.5 - (target[:, :, None] + 0.5) * step).abs()
-    weights = (1 - distance / step.clamp(min=1)).clamp(min=0)
+    distance = distance / step.clamp(min=1)
+    if interpolation == "bilinear":
+        weights = (1 - distance).clamp(min=0)
+    else:
+        inner = (1.5 * distance - 2.5) * distance**2 + 1
+        outer = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
+        weights = torch.where(distance < 1, inner, outer.where(distance < 2, 0))
     in_box = (position >= 0) & (position < length[:, None])
     weights = weights * in_box[:, None, :]
     return weights / weights.sum(dim=-1, keepdim=True)

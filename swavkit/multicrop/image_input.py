@@ -65,11 +65,15 @@ class Images:
         samples = [self.samples] if isinstance(self.samples, Tensor) else self.samples
         return all(one_by_one(sample) for sample in samples)
 
-    def many_small(self, largest_crop: int) -> bool:
-        """Return whether the overhead of operations per image would dominate on a CPU."""
+    def many_small(self, crop_pixels: int) -> bool:
+        """Return whether the overhead of operations per image would dominate on a CPU.
+
+        Args:
+            crop_pixels: Number of pixels of the largest crop.
+        """
         if not isinstance(self.samples, Tensor) or len(self.samples) < _MANY:
             return False
-        return max(self.samples.shape[-2] * self.samples.shape[-1], largest_crop**2) <= _SMALL
+        return max(self.samples.shape[-2] * self.samples.shape[-1], crop_pixels) <= _SMALL
 
     @property
     def returned_dtype(self) -> torch.dtype:

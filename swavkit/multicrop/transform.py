@@ -16,7 +16,7 @@ from torch import Tensor
 from swavkit import _checks
 from swavkit._tensors import on_cpu, on_device
 from swavkit.multicrop import box_ops, color_ops, image_input, photometric
-from swavkit.multicrop.crop_group import CropGroup, checked_groups
+from swavkit.multicrop.crop_group import CropGroup, checked_groups, pixels
 from swavkit.multicrop.image_input import Images, PILImage
 from swavkit.multicrop.photometric import PhotometricDistortion
 
@@ -29,26 +29,29 @@ IMAGENET_STD = (0.229, 0.224, 0.225)  # the published code has 0.228 in the firs
 class MultiCropTransform:
     """Random resized crops at several resolutions, mirrored, distorted and normalized.
 
-    Each crop is a box of random area, aspect ratio and position, resized to a square (bilinear,
-    antialiased). If ten sampled boxes do not fit into the image, the largest central box of an
+    Each crop is a box of random area, aspect ratio and position, resized with antialiasing to the
+    size of its group. If ten sampled boxes do not fit into the image, the largest central box of an
     allowed aspect ratio is used. All parameters are drawn per sample and per crop. A batch draws
     the same numbers as its images passed one after the other with the same generator.
 
     Args:
-        crops: The groups. The first has the largest size, and its crops give the codes.
+        crops: The groups. The first has the largest size, by number of pixels, and its crops give
+            the codes.
         mean: Mean of each channel for pixels in [0, 1], or one float for all channels.
         std: Standard deviation, in the same form.
         smaller_first: Whether the first group may have a smaller size than another.
         eight_bit: Whether uint8 images on a CPU are resized in 8 bits, as in PIL. This is faster
-            and rounds by up to 0.006 of the range. Otherwise images are resized in float32
-            (float64), and results on a CPU and an accelerator agree within 1e-4.
+            and rounds by up to 0.006 of the range; bicubic pixels are clamped after each axis, not
+            only after both. Otherwise images are resized in float32 (float64), and results on a CPU
+            and an accelerator agree within 1e-4.
 
     Shape:
         The input is a PIL image or a tensor (C, H, W); or, as a batch, a tensor (B, C, H, W) on any
         device or a list of B images of any sizes. Tensors are uint8, or floating-point in [0, 1].
-        The output is a list with one tensor per crop in the order of the groups, (C, size, size)
-        for an image and (B, C, size, size) for a batch. Floating-point images keep their dtype;
-        uint8 and PIL images give float32. A channels-last batch gives channels-last crops.
+        The output is a list with one tensor per crop in the order of the groups, (C, h, w) for an
+        image and (B, C, h, w) for a batch, where (h, w) is the size of the group. Floating-point
+        images keep their dtype; uint8 and PIL images give float32. A channels-last batch gives
+        channels-last crops.
 
         Float16 and bfloat16 are processed in float32. NaN pixels are allowed: crops that show them
         are NaN there and may be NaN elsewhere; crops of other images are not affected.
@@ -65,7 +68,7 @@ class MultiCropTransform:
             shape, or the image has no pixels, the wrong number of dimensions, values out of range
             or channels that differ from ``mean`` and ``std``. Values of tensors are checked on a
             CPU only, and not under ``torch.compile``. Unchecked values outside [0, 1] are clamped
-            by the photometric step, or kept if there is none.
+            by bicubic interpolation and by the photometric step, or kept if there is neither.
 
     Example:
         >>> groups = (CropGroup(16, 2, (0.14, 1.0)), CropGroup(8, 3, (0.05, 0.14)))
@@ -173,7 +176,7 @@ class MultiCropTransform:
         self._check_pixels(images)
         parameters = self._draw(images, generator)
         rounding = self.eight_bit and images.first.dtype == torch.uint8
-        many_small = images.many_small(max(group.size for group in self.crops)) and not rounding
+        many_small = images.many_small(max(map(pixels, self.crops))) and not rounding
         if images.one_by_one and not many_small:
             crops = self._one_by_one(images, parameters)
         else:
@@ -220,7 +223,7 @@ class MultiCropTransform:
         scaled_mean, scale, scaled_scale = white * mean, 1 / std, 1 / (white * std)
         results = [
             torch.empty(
-                (len(images.samples), channels, group.size, group.size),
+                (len(images.samples), channels, *box_ops.height_and_width(group.size)),
                 dtype=dtype,
                 device="cpu",
                 memory_format=memory_format,
@@ -233,7 +236,10 @@ class MultiCropTransform:
                 image = image.contiguous().to(dtype)
             for crops, (_, group), numbers in zip(results, self._each_crop, rows, strict=True):
                 crop = crops[sample]
-                cut = box_ops.cut(image, numbers[: box_ops.BOX], group.size)
+                box = numbers[: box_ops.BOX]
+                cut = box_ops.cut(image, box, group.size, group.interpolation)
+                if group.interpolation == "bicubic":
+                    cut.clamp_(0, white)
                 if group.photometric is None:
                     torch.sub(cut, scaled_mean, out=crop).mul_(scaled_scale)
                 elif isinstance(group.photometric, PhotometricDistortion):
@@ -256,7 +262,9 @@ class MultiCropTransform:
         for position, (index, group) in enumerate(self._each_crop):
             numbers = parameters[:, position]
             box, step = numbers[:, : box_ops.BOX], numbers[:, box_ops.BOX :]
-            crops = box_ops.cut_batch(batch, box, group.size)
+            crops = box_ops.cut_batch(batch, box, group.size, group.interpolation)
+            if group.interpolation == "bicubic":
+                crops = crops.clamp(0, 1)
             if isinstance(group.photometric, PhotometricDistortion):
                 crops = photometric.distort(group.photometric, crops, step)
             elif group.photometric is not None:
