@@ -43,7 +43,9 @@ def positive_setting(name: str, value: Any) -> float | Tensor:
         return positive_float(name, value)
     floating_tensor(name, value)
     if value.dim() > 0:
-        raise ValueError(f"{name} must be 0-dimensional as a tensor, got {tuple(value.shape)}")
+        raise ValueError(
+            f"{name} must be 0-dimensional as a tensor, got shape {tuple(value.shape)}"
+        )
     if value.requires_grad:
         raise ValueError(
             f"{name} must not require a gradient, which it would not get, got one that does"

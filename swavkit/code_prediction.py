@@ -45,9 +45,9 @@ def code_prediction_loss(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean is over the samples of this rank.
 
     Returns:
-        The loss in float32, or in float64 for float64 scores: a scalar, or (...) for ``"none"``. A
-        mean over no samples, or over weights that are all 0, is exactly 0 and connected to the
-        graph of the scores.
+        A scalar, or (...) for ``"none"``, in float32, or in float64 for float64 scores. A mean over
+        no samples, or over weights that are all 0, is exactly 0 and connected to the graph of the
+        scores.
 
     Raises:
         TypeError: If ``scores`` is no floating tensor, ``codes`` is neither floating nor int64, or

@@ -491,13 +491,13 @@ def test_auto_computes_no_score_of_the_codes_again_where_p_fits(
     """Or else in each iteration, and before the first."""
     criterion = SwAVLoss(DIMENSION, [PROTOTYPES])
     made = []
-    original = score_blocks.BlockScores.of
+    original = score_blocks._product
 
-    def spy(scores: Any, features: Tensor) -> Tensor:
+    def spy(features: Tensor, *others: Any) -> Tensor:
         made.append(features)
-        return original(scores, features)
+        return original(features, *others)
 
-    monkeypatch.setattr(score_blocks.BlockScores, "of", spy)
+    monkeypatch.setattr(score_blocks, "_product", spy)
     # 3 samples' code views are a block, and 2 samples' views.
     with memory_for_p(criterion, samples=8, missing=bytes_missing), blocks_of(6):
         criterion(features_of(dtype=torch.float32))
@@ -854,7 +854,7 @@ def test_elsewhere_than_on_a_cpu_a_block_is_as_large_as_its_limit(prototypes: in
     views, samples = 8, 4_096
     features = torch.empty(views, samples, DIMENSION, device="meta")
     directions = torch.empty(prototypes, DIMENSION, device="meta")
-    scores = score_blocks.BlockScores(features, directions, None, 2)
+    scores = score_blocks.BlockScores(features, directions, None, None, 2)
     most = score_blocks._MOST_ENTRIES_OF_A_BLOCK
     of_a_sample = views * prototypes
     for rows, parts in scores.blocks[:-1]:

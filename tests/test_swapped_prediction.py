@@ -662,7 +662,7 @@ def test_module_and_function_have_the_same_settings() -> None:
     settings = described(SwappedPredictionLoss)
     tensors = described(SwappedPredictionLoss().forward)
     assert described(swapped_prediction_loss) == settings | tensors
-    assert settings == {"temperature": (0.1, "float")}
+    assert settings == {"temperature": (0.1, "float | Tensor")}
 
 
 # Bad input
@@ -677,7 +677,7 @@ BAD_TEMPERATURES = [
     ("0.1", TypeError, "temperature must be a number, got str"),
     (True, TypeError, "temperature must be a number, got bool"),
     (None, TypeError, "temperature must be a number, got NoneType"),
-    (torch.tensor(0.1), TypeError, "temperature must be a number, got Tensor"),
+    (torch.tensor([0.1]), ValueError, r"temperature must be 0-dimensional .*, got shape \(1,\)"),
 ]
 BAD_VIEWS = [  # of scores and of codes; {} is the name
     (0.0, TypeError, r"{} must be a torch\.Tensor or a sequence of torch\.Tensor, got float"),

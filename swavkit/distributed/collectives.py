@@ -128,6 +128,13 @@ def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
     return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
 
+def number_of_ranks(group: ProcessGroup | None) -> int:
+    """Return the number of ranks of a group or, for ``None``, of the job; -1 outside the group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    return dist.get_world_size(group)
+
+
 def device_for(group: ProcessGroup | None, preferred: torch.device) -> torch.device:
     """Return ``preferred`` if the group supports it, otherwise a device that it supports.
 

@@ -110,7 +110,7 @@ def sharded_codes(
     sample_weight: Tensor,
     num_prototypes: int,
     *,
-    prototype_mass: Tensor | None,
+    prototype_mass: Tensor | None = None,
     epsilon: float | Tensor,
     iterations: int,
     fractional: bool,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from swavkit import _checks
 from swavkit.distributed.agreement import Agreement
-from swavkit.distributed.collectives import GroupHandle, participants
+from swavkit.distributed.collectives import GroupHandle, number_of_ranks, participants
 from swavkit.sinkhorn.functional import (
     Settings,
     Weights,
@@ -29,7 +30,9 @@ __all__ = ["SinkhornKnopp"]
 class SinkhornKnopp(nn.Module):
     """Module form of :func:`sinkhorn_knopp`.
 
-    In ``eval()`` it does not communicate, so that one rank can validate alone. In a distributed
+    In ``eval()`` it does not communicate, so that one rank can validate alone. A teacher in
+    ``eval()`` whose codes are to be those of the batch of all ranks needs
+    ``synchronize="always"``; the first local call in a job of several ranks warns. In a distributed
     job, the first training call compares the settings and the shapes over the ranks, and raises the
     same error on all of them if they differ.
 
@@ -91,6 +94,7 @@ class SinkhornKnopp(nn.Module):
         self.synchronize = synchronize
         self._group = GroupHandle(process_group)
         self._agreement = Agreement()
+        self._warned = False  # that codes are local
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -165,8 +169,19 @@ class SinkhornKnopp(nn.Module):
 
     def _participants(self) -> ProcessGroup | None:
         """Return the ranks that share the batch of a call now, or ``None``."""
-        now = self.synchronize == "always" or (self.synchronize and self.training)
-        return participants(self.process_group, now)
+        if self.synchronize == "always" or (self.synchronize and self.training):
+            return participants(self.process_group, True)
+        group = participants(self.process_group, False)  # its type is checked
+        warned = self._warned or torch.compiler.is_compiling()
+        if self.synchronize and not warned and number_of_ranks(self.process_group) > 1:
+            self._warned = True
+            warnings.warn(
+                "codes in eval() are those of the samples of this rank alone, in a job of several "
+                "ranks; expected synchronize='always' for a teacher, with a call on all ranks, or "
+                "synchronize=False for local codes",
+                stacklevel=3,
+            )
+        return group
 
     def _settings(self) -> Settings:
         return checked_settings(*(getattr(self, name) for name in Settings._fields))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,31 @@ def codes_in_training(rank: int, scores: np.ndarray) -> np.ndarray:
 
 def codes_in_eval_on_rank_0(rank: int, scores: np.ndarray) -> np.ndarray | None:
     return SinkhornKnopp().eval()(torch.tensor(scores)).numpy() if rank == 0 else None
+
+
+def warnings_in_eval(rank: int) -> list[str]:
+    """Return the warnings of two calls each of a module, of one that is told, and of the loss."""
+    scores = torch.eye(3)
+    features = torch.ones(2, 3, 4)
+    told = [SinkhornKnopp(synchronize=choice).eval() for choice in (False, "always")]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for module in told:
+            module(scores)
+        assert not seen
+        sinkhorn, criterion = SinkhornKnopp(), SwAVLoss(4, 5)
+        sinkhorn(scores)  # in training
+        assert not seen
+        for _ in range(2):
+            sinkhorn.eval()(scores)
+            criterion.eval()(features)
+    return [str(warning.message) for warning in seen]
+
+
+def test_local_codes_in_eval_are_told_once(ranks: Ranks) -> None:
+    for texts in ranks.run(warnings_in_eval):
+        assert len(texts) == 2
+        assert all("expected synchronize='always' for a teacher" in text for text in texts)
 
 
 def loss_in_training(rank: int, features: np.ndarray) -> tuple[Any, ...]:
