@@ -1,4 +1,4 @@
-"""The network of pretrain.py, its features, and the distortion of digit crops."""
+"""The networks of the examples, their features, and the distortion of digit crops."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MEAN, STD = 0.5, 0.5  # of the pixels that the network sees
+DIGIT_MEAN, DIGIT_STD = -0.74, 0.62  # of MNIST's, after that
 
 
 def distort_digits(crops: Tensor) -> Tensor:
@@ -78,6 +79,73 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.encoder(images))
+
+
+class PatchEncoder(nn.Module):
+    """A small vision transformer: a class token, and a token for each patch.
+
+    Args:
+        channels: Of the images.
+        size: Height and width of full-resolution crops, which have ``side`` x ``side`` patches.
+            Smaller crops have patches of the same size.
+        dim: Features of a token.
+        side: Patches in a row.
+        depth: Layers.
+    """
+
+    def __init__(
+        self, channels: int, size: int, dim: int = 64, side: int = 4, depth: int = 2
+    ) -> None:
+        super().__init__()
+        self.patches = side**2
+        self.embed = nn.Conv2d(channels, dim, size // side, stride=size // side)
+        self.first = nn.Parameter(0.02 * torch.randn(1, 1, dim))
+        self.mask_token = nn.Parameter(0.02 * torch.randn(dim))
+        self.positions = nn.Parameter(torch.randn(1, dim, side, side))
+        layer = nn.TransformerEncoderLayer(
+            dim, 4, 2 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(
+            layer, depth, nn.LayerNorm(dim), enable_nested_tensor=False
+        )
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the tokens (N, 1 + P, D), the class token first.
+
+        Args:
+            images: (N, C, H, W).
+            mask: (N, P) bool, the patches that are not shown.
+        """
+        # Of digits, most pixels are black. Features that share a large mean have cosines near 1.
+        patches = self.embed((images - DIGIT_MEAN) / DIGIT_STD)
+        positions = F.interpolate(self.positions, list(patches.shape[2:]), mode="bilinear")
+        tokens = patches.flatten(2).mT  # (N, P, D)
+        if mask is not None:
+            tokens = torch.where(mask.unsqueeze(-1), self.mask_token, tokens)
+        tokens = tokens + positions.flatten(2).mT
+        first = self.first.expand(len(images), -1, -1)
+        return self.layers(torch.cat([first, tokens], dim=1))
+
+    def class_token(self, images: Tensor) -> Tensor:
+        """Return (N, D)."""
+        return self(images)[:, 0]
+
+    def mean_patch(self, images: Tensor) -> Tensor:
+        """Return (N, D)."""
+        return self(images)[:, 1:].mean(dim=1)
+
+
+def mask_patches(count: Tensor, patches: int) -> Tensor:
+    """Draw ``count[i]`` of the patches of image i; return a bool mask (N, patches)."""
+    order = torch.rand(len(count), patches, device=count.device).argsort(dim=1).argsort(dim=1)
+    return order < count.unsqueeze(1)
+
+
+@torch.no_grad()
+def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """Move the teacher's parameters towards the student's: an exponential moving average."""
+    for own, new in zip(teacher.parameters(), student.parameters(), strict=True):
+        own.lerp_(new, 1 - momentum)
 
 
 @torch.no_grad()

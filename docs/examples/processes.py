@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 RANK, SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -24,6 +25,11 @@ def leave() -> None:
     if SIZE > 1:
         gc.collect()  # DDP holds the group in a cycle, and its threads would outlive the program
         dist.destroy_process_group()
+
+
+def averaged(module: nn.Module) -> nn.Module:
+    """Return the module, or what averages its gradients over ranks."""
+    return DistributedDataParallel(module) if SIZE > 1 else module
 
 
 def everyones(value: Any) -> list[Any]:
@@ -42,11 +48,16 @@ def of_the_first(values: Tensor) -> Tensor:
     return values
 
 
-def mean(values: Tensor) -> Tensor:
-    """Return the mean over ranks."""
+def add_up(values: Tensor) -> Tensor:
+    """Sum over ranks, in place, and return the sum."""
     if SIZE > 1:
         dist.all_reduce(values)
-    return values / SIZE
+    return values
+
+
+def mean(values: Tensor) -> Tensor:
+    """Return the mean over ranks."""
+    return add_up(values) / SIZE
 
 
 def say(text: str) -> None:
