@@ -43,6 +43,9 @@ VIEWS, INPUTS, FEATURES, K = 3, 6, 4, 11
 STEPS = 6
 
 
+PRIOR = torch.arange(K) % 4 / 2  # some prototypes get nothing
+
+
 def encoder() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(INPUTS, 8), nn.Tanh(), nn.Linear(8, FEATURES)).double()
@@ -157,6 +160,9 @@ def assert_trained_alike(ranks: Ranks, arguments: list[dict[str, Any]]) -> list[
         ((3, 0, 4), {"reduction": "global_mean", "queue_length": 4}),
         ((3, 4, 1), {"num_code_views": 3, "iterations": 1}),
         ((2, 3, 0, 4), {"num_prototypes": 5}),  # one process has no prototypes
+        ((3, 4, 1), {"prototype_weight": PRIOR, "queue_length": 4, "iterations": 5}),
+        ((3, 4), {"num_prototypes": (K, 3), "prototype_weight": [PRIOR, None]}),
+        ((3, 4, 1), {"epsilon": torch.tensor(0.07), "temperature": torch.tensor(0.2)}),
     ],
     ids=str,
 )
@@ -166,6 +172,49 @@ def test_training_is_that_with_all_prototypes_on_every_process(
     arguments = [{"inputs": inputs, "settings": settings_given} for inputs in batches(sizes)]
     (plain, _), *_ = assert_trained_alike(start_ranks(len(sizes)), arguments)
     assert not np.allclose(plain["parameters"][0], plain["parameters"][-1])
+
+
+def taught(rank: int, features: list[np.ndarray]) -> list[list[np.ndarray]]:
+    """Return losses, gradients and the queue of two steps with a teacher, whole and sharded."""
+    results = []
+    teachers = [PrototypeLayer(FEATURES, size).double() for size in (K, 3)]
+    for criterion in criteria(num_prototypes=(K, 3), queue_length=4):
+        copied = copy.deepcopy(criterion.prototypes)
+        for layer, teacher in zip(copied, teachers, strict=True):
+            torch.manual_seed(2)
+            nn.init.normal_(teacher.weight)  # the same on all ranks
+            layer.load_state_dict(teacher.state_dict())
+        assert criterion.queue is not None
+        student, theirs = (torch.tensor(features[rank][part]) for part in (0, 1))
+        student.requires_grad_()
+        losses = [
+            criterion(student, code_features=theirs[:2], code_prototypes=copied) for _ in range(2)
+        ]
+        losses[1].backward()
+        assert all(layer.weight.grad is None for layer in copied)
+        queue = criterion.queue.features.numpy()
+        results.append([losses[0].item(), losses[1].item(), student.grad.numpy(), queue])
+    return results
+
+
+def test_a_teacher_may_be_sharded_too(ranks: Ranks) -> None:
+    generator = np.random.default_rng(0)
+    features = [generator.normal(size=(2, VIEWS, size, FEATURES)) for size in SIZES]
+    for plain, sharded in ranks.run(taught, [features] * len(SIZES)):
+        for found, expected in zip(sharded, plain, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
+
+
+def whole_teacher(rank: int) -> None:
+    _, criterion = criteria()
+    with pytest.raises(ValueError, match="code_prototypes must be sharded like the prototypes"):
+        criterion(
+            torch.randn(VIEWS, 4, FEATURES).double(), code_prototypes=PrototypeLayer(FEATURES, K)
+        )
+
+
+def test_a_teacher_without_shards_beside_sharded_prototypes_is_an_error(ranks: Ranks) -> None:
+    ranks.run(whole_teacher)
 
 
 @st.composite
