@@ -151,7 +151,7 @@ def _require_fitting(key: str, features: Tensor, queue: FeatureQueue) -> None:
     expected = (queue.num_views, queue.feature_dim)
     if features.dim() != 4 or (features.shape[1], features.shape[3]) != expected:
         raise ValueError(
-            f"{key} must have shape (processes, {queue.num_views} views, length, "
+            f"{key} must have shape (ranks, {queue.num_views} views, length, "
             f"{queue.feature_dim} features), got {tuple(features.shape)}"
         )
 

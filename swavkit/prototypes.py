@@ -205,7 +205,7 @@ class PrototypeLayer(nn.Module):
             raise RuntimeError(
                 "weight lies in shards, as FSDP2 keeps it between the calls of the module that was "
                 "given to fully_shard; expected a call by way of that module, or between its "
-                "unshard() and reshard() on all processes, or, of initialize_, before fully_shard"
+                "unshard() and reshard() on all ranks, or, of initialize_, before fully_shard"
             )
 
     def extra_repr(self) -> str:

@@ -60,9 +60,9 @@ _ONE_BY_ONE = "whether heads get their codes one by one"
 
 _ADVICE = {
     _ONE_BY_ONE: "they do where sinkhorn is replaced or has hooks, which must be so on all ranks",
-    "steps": "load a checkpoint on every process",
+    "steps": "load a checkpoint on every rank",
     "the checksum of the prototypes": "wrap SwAVLoss in DistributedDataParallel or fully_shard, "
-    "alone or inside the model: left bare, each process trains prototypes of its own",
+    "alone or inside the model: left bare, each rank trains prototypes of its own",
 }
 
 

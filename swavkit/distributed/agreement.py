@@ -64,7 +64,7 @@ def require_same(
     ranks = global_ranks(group)
     if len(set(name_checksums)) > 1:
         raise ValueError(
-            "all processes of a group must call the same module of the same version, got "
+            "all ranks of a group must call the same module of the same version, got "
             + _with_ranks([f"settings no. {int(number):08x}" for number in name_checksums], ranks)
         )
     differences = []
@@ -72,7 +72,7 @@ def require_same(
         values = [_decoded(number, own_value) for number in column]
         if len(set(values)) > 1:
             differences.append(
-                f"{name} must be the same on all processes, got {_with_ranks(values, ranks)}"
+                f"{name} must be the same on all ranks, got {_with_ranks(values, ranks)}"
                 + (f"; {advice[name]}" if advice and name in advice else "")
             )
     if differences:

@@ -45,7 +45,7 @@ class GroupHandle:
             raise RuntimeError(
                 "process_group was dropped when this module was pickled; expected a new one: "
                 "set process_group of the SinkhornKnopp module to a group of the present "
-                "processes, or to None for the default group"
+                "ranks, or to None for the default group"
             )
         return self._group
 
@@ -73,7 +73,7 @@ def participants(group: ProcessGroup | None, synchronize: bool) -> ProcessGroup 
     chosen = group if group is not None else dist.group.WORLD
     if dist.get_rank(chosen) < 0:
         raise ValueError(
-            f"process_group must contain the calling process, got a group without rank "
+            f"process_group must contain the calling rank, got a group without rank "
             f"{dist.get_rank()}"
         )
     return chosen if dist.get_world_size(chosen) > 1 else None

@@ -81,7 +81,7 @@ class ShardedPrototypeLayer(PrototypeLayer):
 
     def _participants(self) -> ProcessGroup:
         group = participants(self._group.get(), synchronize=True)
-        assert group is not None, "one process alone has a PrototypeLayer"
+        assert group is not None, "one rank alone has a PrototypeLayer"
         return group
 
     def _rows(self) -> Tensor:
@@ -109,8 +109,8 @@ class ShardedPrototypeLayer(PrototypeLayer):
     def forward(self, features: Tensor, *, frozen: Tensor | None = None) -> NoReturn:
         """Raise ``RuntimeError``: no rank has the scores of all prototypes."""
         raise RuntimeError(
-            f"scores of all {self.num_prototypes} prototypes are on no process, as each has a part "
-            f"of them; expected the use of assign(features), by all processes, or of "
+            f"scores of all {self.num_prototypes} prototypes are on no rank, as each has a part "
+            f"of them; expected the use of assign(features), by all ranks, or of "
             f"weight.full_tensor()"
         )
 
@@ -176,8 +176,8 @@ def sharded_head_losses(
     """
     if group is None:
         raise RuntimeError(
-            "no process has all prototypes, so that none can compute a loss alone; expected a call "
-            "on all processes, in training mode or with synchronize='always'"
+            "no rank has all prototypes, so that none can compute a loss alone; expected a call "
+            "on all ranks, in training mode or with synchronize='always'"
         )
     if not (
         all(is_plainly(layer, ShardedPrototypeLayer) for head in heads for layer in head[:2])
@@ -187,7 +187,7 @@ def sharded_head_losses(
         raise RuntimeError(
             "prototypes, sinkhorn and loss must be as SwAVLoss made them and without hooks where "
             "prototypes are sharded: the parts are not called, since none can work on what one "
-            "process has"
+            "rank has"
         )
     assert isinstance(sinkhorn, SinkhornKnopp)
     assert isinstance(loss, SwappedPredictionLoss)

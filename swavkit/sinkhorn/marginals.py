@@ -164,7 +164,7 @@ def refuse_bad_values(
     of_all, (totals, samples) = record[: len(breaches)].tolist(), record[len(breaches) :].chunk(2)
     for (expected, values), count in zip(breaches.items(), of_all, strict=True):
         if count > 0:
-            got = values[0].item() if values.numel() else "another value on another process"
+            got = values[0].item() if values.numel() else "another value on another rank"
             raise ValueError(f"{expected}, got {got}")
     if ((totals == 0) & (samples > 0)).any():
         raise ValueError("sample_weight must have a positive sum, got 0.0")

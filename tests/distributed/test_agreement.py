@@ -78,7 +78,7 @@ def test_a_setting_that_differs_is_named_with_all_values_and_ranks_on_all_of_the
     ranks: Ranks, name: str, values: tuple[Any, ...], got: str
 ) -> None:
     outcomes = ranks.run(compare, [SETTINGS | {name: value} for value in values])
-    text = f"{name} must be the same on all processes, got {got}"
+    text = f"{name} must be the same on all ranks, got {got}"
     assert outcomes == [(text, [3 * 32])] * 3
 
 
@@ -94,7 +94,7 @@ def test_all_settings_that_differ_are_named(ranks: Ranks) -> None:
 def test_records_of_other_settings_are_an_error_on_all(ranks: Ranks) -> None:
     (first, _), *others = ranks.run(compare, [SETTINGS, SETTINGS, {"other": 1, **SETTINGS}])
     assert first is not None
-    assert first.startswith("all processes of a group must call the same module of the same")
+    assert first.startswith("all ranks of a group must call the same module of the same")
     assert "on ranks 0, 1 and settings no. " in first
     assert [text for text, _ in others] == [first, first]
 
@@ -107,7 +107,7 @@ def advised(rank: int) -> str | None:
 
 def test_advice_ends_the_report_of_its_setting(ranks: Ranks) -> None:
     text = "0 on rank 0, 1 on rank 1 and 2 on rank 2; wrap the module in DDP"
-    assert ranks.run(advised) == [f"checksum must be the same on all processes, got {text}"] * 3
+    assert ranks.run(advised) == [f"checksum must be the same on all ranks, got {text}"] * 3
 
 
 def compare_in_a_pair(rank: int, value: int) -> str | None:
@@ -116,7 +116,7 @@ def compare_in_a_pair(rank: int, value: int) -> str | None:
 
 
 def test_a_group_compares_its_own_and_names_ranks_as_the_whole_job_does(ranks: Ranks) -> None:
-    text = "size must be the same on all processes, got 5 on rank 0 and 7 on rank 2"
+    text = "size must be the same on all ranks, got 5 on rank 0 and 7 on rank 2"
     assert ranks.run(compare_in_a_pair, [5, 6, 7]) == [text, None, text]
 
 
@@ -222,7 +222,7 @@ def failing_first_call(rank: int, size: int) -> tuple[list[str | None], list[flo
 
 
 def test_different_sizes_are_an_error_until_they_are_equal(ranks: Ranks) -> None:
-    text = "size must be the same on all processes, got 4 on ranks 0, 2 and 7000 on rank 1"
+    text = "size must be the same on all ranks, got 4 on ranks 0, 2 and 7000 on rank 1"
     expected = ([text, text], [6.0] * 3)
     assert ranks.run(failing_first_call, [4, 7000, 4]) == [expected] * 3
 

@@ -107,7 +107,7 @@ def loss_with(rank: int, settings: dict[str, Any]) -> dict[str, Any]:
         ({"iterations": 1}, ["iterations must be"]),
         ({"queue_start": 3}, ["queue_start must be"]),
         ({"freeze_steps": 3}, ["freeze_steps must be"]),
-        ({"steps": 3}, ["steps must be", "; load a checkpoint on every process"]),
+        ({"steps": 3}, ["steps must be", "; load a checkpoint on every rank"]),
         ({"reduction": "global_mean"}, ["reduction='global_mean' must be"]),
         ({"double": False}, ["the dtype of the prototypes must be"]),
     ],
@@ -134,7 +134,7 @@ def permuted_heads(rank: int) -> str | None:
 def test_heads_in_another_order_are_found(ranks: Ranks) -> None:
     (text, *others) = ranks.run(permuted_heads)
     assert text is not None
-    assert "num_prototypes[0] must be the same on all processes, got 4 on rank 0 and 3 on" in text
+    assert "num_prototypes[0] must be the same on all ranks, got 4 on rank 0 and 3 on" in text
     assert others == [text, text]
 
 
@@ -207,8 +207,8 @@ def test_a_criterion_left_bare_beside_ddp_is_found(
     for step, text, asked in ranks.run(bare_beside_ddp, [argument] * 3):
         assert step == found
         assert text is not None
-        assert text.startswith("the checksum of the prototypes must be the same on all processes")
-        assert text.endswith("each process trains prototypes of its own")
+        assert text.startswith("the checksum of the prototypes must be the same on all ranks")
+        assert text.endswith("each rank trains prototypes of its own")
         assert "wrap SwAVLoss in DistributedDataParallel or fully_shard" in text
         assert asked == (text if other_start else None)
 

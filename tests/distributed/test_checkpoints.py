@@ -348,7 +348,7 @@ def save_in_a_pair(rank: int, path: Path) -> str | None:
 
 
 def test_a_group_saves_and_loads_its_own(ranks: Ranks, tmp_path: Path) -> None:
-    stranger = "process_group must contain the calling process, got a group without rank 1"
+    stranger = "process_group must contain the calling rank, got a group without rank 1"
     assert ranks.run(save_in_a_pair, [tmp_path] * 3) == [None, stranger, None]
 
 
@@ -408,7 +408,7 @@ def test_other_views_or_features_are_an_error_that_changes_nothing(
 ) -> None:
     start_ranks(3).run(save, [(tmp_path, 4, of_rank) for of_rank in steps_of(UNEVEN[:3])])
     text = (
-        "features must have shape (processes, {} views, length, {} features), got (3, 2, 4, 3)"
+        "features must have shape (ranks, {} views, length, {} features), got (3, 2, 4, 3)"
     ).format
     expected = [text(2, 4), text(3, 3)]
     assert start_ranks(loading).run(load_into_others, [tmp_path] * loading) == [expected] * loading

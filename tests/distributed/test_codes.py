@@ -279,7 +279,7 @@ def test_a_group_shares_its_own_samples_and_refuses_strangers(ranks: Ranks) -> N
     )
     for rank, name in ((2, "pair"), (0, "single"), (1, "single")):
         assert outcomes[rank][name] == (
-            f"process_group must contain the calling process, got a group without rank {rank}"
+            f"process_group must contain the calling rank, got a group without rank {rank}"
         )
 
 

@@ -143,7 +143,7 @@ def refusals_of_a_stranger(rank: int) -> list[str]:
 
 
 def test_a_rank_outside_the_group_gets_an_error(ranks: Ranks) -> None:
-    text = "process_group must contain the calling process, got a group without rank 2"
+    text = "process_group must contain the calling rank, got a group without rank 2"
     assert ranks.run(refusals_of_a_stranger) == [[], [], [text, text]]
 
 

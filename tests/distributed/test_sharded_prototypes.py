@@ -497,7 +497,7 @@ def layer_of_both(rank: int, features: np.ndarray) -> dict[str, Any]:
     for layer in (plain, sharded):
         layer.initialize_(centres, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(sharded.weight.full_tensor(), plain.weight.detach())
-    with pytest.raises(RuntimeError, match="scores of all 11 prototypes are on no process"):
+    with pytest.raises(RuntimeError, match="scores of all 11 prototypes are on no rank"):
         sharded(given_features)
     return {"held": len(sharded.weight.to_local())}
 
@@ -696,7 +696,7 @@ def refusals(rank: int) -> None:
     with pytest.raises(ValueError, match="shard_prototypes must be True or False, got 1"):
         SwAVLoss(FEATURES, K, shard_prototypes=1)
     criterion = SwAVLoss(FEATURES, K, queue_length=4, shard_prototypes=True)
-    with pytest.raises(RuntimeError, match="no process has all prototypes"):
+    with pytest.raises(RuntimeError, match="no rank has all prototypes"):
         criterion.eval()(features)
     together = SwAVLoss(FEATURES, K, shard_prototypes=True, synchronize="always").eval()
     assert together(features).isfinite()  # by all processes

@@ -339,7 +339,7 @@ def test_a_bad_value_on_one_rank_is_an_error_on_all(
     whole = {"sample_weight": np.ones(4), "prototype_weight": np.ones(5)}
     parts: list[dict[str, Any]] = [{"scores": cosines(rank, 4, 5)} | whole for rank in range(3)]
     parts[faulty] |= fault
-    expected = [text.format(*filter(None, [name]), "another value on another process")] * 3
+    expected = [text.format(*filter(None, [name]), "another value on another rank")] * 3
     expected[faulty] = text.format(*filter(None, [name]), value)
     assert outcomes_of_validation(ranks, parts, **options) == expected
 
@@ -355,7 +355,7 @@ def test_ranks_that_differ_in_what_is_bad_agree_on_what_to_name(
     ]
     errors = outcomes_of_validation(ranks, parts, **options)
     mine = "sample_weight must be finite and at least 0, got -2.0"
-    other = "sample_weight must be finite and at least 0, got another value on another process"
+    other = "sample_weight must be finite and at least 0, got another value on another rank"
     assert errors == [mine, other, other]
 
 
@@ -533,7 +533,7 @@ def test_a_group_shares_its_own_marginal_error_and_refuses_strangers(ranks: Rank
     *pair, stranger = ranks.run(errors_in_groups, parts)
     np.testing.assert_allclose(pair, of_pair, rtol=1e-12)
     assert stranger == (
-        "process_group must contain the calling process, got a group without rank 2"
+        "process_group must contain the calling rank, got a group without rank 2"
     )
 
 
