@@ -532,9 +532,7 @@ def test_a_group_shares_its_own_marginal_error_and_refuses_strangers(ranks: Rank
     of_pair = oracles.marginal_error(np.concatenate(parts[:2]))
     *pair, stranger = ranks.run(errors_in_groups, parts)
     np.testing.assert_allclose(pair, of_pair, rtol=1e-12)
-    assert stranger == (
-        "process_group must contain the calling rank, got a group without rank 2"
-    )
+    assert stranger == ("process_group must contain the calling rank, got a group without rank 2")
 
 
 # What is sent
