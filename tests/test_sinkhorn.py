@@ -864,7 +864,12 @@ BAD_SETTINGS = [
     ("epsilon", "0.05", TypeError, "epsilon must be a number, got str"),
     ("epsilon", True, TypeError, "epsilon must be a number, got bool"),
     ("epsilon", None, TypeError, "epsilon must be a number, got NoneType"),
-    ("epsilon", torch.tensor(0.05), TypeError, "epsilon must be a number, got Tensor"),
+    (
+        "epsilon",
+        torch.tensor(1),
+        TypeError,
+        "epsilon must have a floating-point dtype, got torch.int64",
+    ),
     ("iterations", 0, ValueError, "iterations must be at least 1, got 0"),
     ("iterations", -1, ValueError, "iterations must be at least 1, got -1"),
     ("iterations", 2.0, TypeError, "iterations must be an int, got float"),
