@@ -75,7 +75,8 @@ def residual_scale(mass: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Return the scale (b,) of residuals of ``dtype`` for targets of ``mass`` (b,), if any."""
     if dtype != torch.float16:
         return None
-    return _LARGEST_RESIDUAL_IN_FLOAT16 / mass.where((mass > 0) & mass.isfinite(), 1)
+    mass = mass.where((mass > 0) & mass.isfinite(), 1)
+    return _LARGEST_RESIDUAL_IN_FLOAT16 / mass.clamp(min=2.0**-100)  # no infinite scale
 
 
 def normalized_weights(sample_weight: Tensor | None, like: Tensor) -> Tensor:

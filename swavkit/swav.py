@@ -423,7 +423,9 @@ class SwAVLoss(OwnState):
         sizes: list[int | None] = [head.num_prototypes for head in heads[:_COMPARED_HEADS]]
         sizes += [None] * (_COMPARED_HEADS - len(sizes))
         others = [layer for layer, head in zip(code_heads, heads, strict=True) if layer is not head]
-        priors = [prior for prior in self._priors(heads[0].weight.device) if prior is not None]
+        device = heads[0].weight.device
+        priors = self._priors(device)
+        no_prior = torch.full((1,), -1.0, device=device)  # so that the head of a prior counts
         return {
             "the number of heads": len(heads),
             "num_prototypes": sum(head.num_prototypes for head in heads),
@@ -446,7 +448,11 @@ class SwAVLoss(OwnState):
                 [layer.weight for layer in others if not is_sharded(layer.weight)]
             ),
             "the checksum of prototype_weight": _checksum(
-                [prior.double().unsqueeze(1) for prior in priors]
+                []
+                if all(prior is None for prior in priors)
+                else [
+                    (no_prior if prior is None else prior).double().unsqueeze(1) for prior in priors
+                ]
             ),
         }
 

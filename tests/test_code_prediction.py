@@ -768,3 +768,11 @@ def test_bad_input_is_named(inputs: dict[str, Any], error: type[Exception], text
     if settings:
         with pytest.raises(error, match=text):
             CodePredictionLoss(**settings)
+
+
+@pytest.mark.parametrize("mass", [1e-30, 1e-37, 1e-44])
+def test_codes_of_hardly_any_mass_have_a_finite_gradient_in_float16(mass: float) -> None:
+    scores = torch.randn(2, 4).half().requires_grad_()
+    code_prediction_loss(scores, torch.full((2, 4), mass)).backward()
+    assert scores.grad is not None
+    assert scores.grad.isfinite().all()

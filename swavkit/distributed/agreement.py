@@ -136,6 +136,8 @@ def checksum(values: Tensor) -> Tensor:
     synchronize with the device.
     """
     bits = values.detach().contiguous().view(_BITS[values.element_size()])
+    if values.element_size() == 8:  # the modulus below would drop sign and exponent
+        bits = bits ^ (bits >> 32)
     of_rows = bits.sum(dim=1, dtype=torch.int64)
     odd = torch.arange(1, 2 * len(of_rows), 2, device=values.device)
     return (of_rows * odd).sum() % 2**52

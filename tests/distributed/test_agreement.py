@@ -141,9 +141,14 @@ def test_a_checksum_sees_every_bit_and_the_order_of_rows(dtype: torch.dtype) -> 
     assert int(checksum(values.T.contiguous().T)) == known
     assert int(checksum(values.flip(0))) != known
     for index in range(values.numel()):
+        for bit in range(8 * values.element_size() - 1):
+            other = values.clone()
+            other.view(BITS[dtype]).view(-1)[index] ^= 1 << bit
+            assert int(checksum(other)) != known
         other = values.clone()
-        other.view(BITS[dtype]).view(-1)[index] ^= 1  # the last bit of an entry
+        other.view(-1)[index] *= -1
         assert int(checksum(other)) != known
+    assert int(checksum(2 * values)) != known
 
 
 # At the first eager calls of a module

@@ -191,6 +191,23 @@ def with_a_prior_on_one_rank(rank: int, memory: str) -> str | None:
     return refusal(lambda: criterion(torch.randn(VIEWS, 4, DIMENSION)))
 
 
+def with_other_priors(rank: int) -> list[str | None]:
+    torch.manual_seed(0)
+    powers = [torch.tensor([1.0, 2, 4, 8]), torch.tensor([8.0, 4, 2, 1])][rank]
+    heads = [[powers[:2], None], [None, powers.flip(0)[:2]]][rank]  # the same one, elsewhere
+    criteria = [
+        SwAVLoss(DIMENSION, 4, prototype_weight=powers),
+        SwAVLoss(DIMENSION, [2, 2], prototype_weight=heads),
+    ]
+    features = torch.randn(VIEWS, 4, DIMENSION)
+    return [refusal(lambda loss=loss: loss(features)) for loss in criteria]
+
+
+def test_priors_that_differ_are_found(two_ranks: Ranks) -> None:
+    for texts in two_ranks.run(with_other_priors):
+        assert all("prototype_weight must be the same" in str(text) for text in texts)
+
+
 @pytest.mark.parametrize("memory", ["full", "streamed"])
 def test_a_prior_on_one_rank_alone_is_found(two_ranks: Ranks, memory: str) -> None:
     for text in two_ranks.run(with_a_prior_on_one_rank, [memory] * len(SAMPLES)):
