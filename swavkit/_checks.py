@@ -203,26 +203,39 @@ def weight(name: str, value: Any, shapes: Sequence[tuple[int, ...]], like: Tenso
     same_device(name, value, like)
 
 
+def one_for_each(name: str, value: Any, count: int, meaning: str) -> list[Any]:
+    """Return ``value``, a sequence with an entry or ``None`` for each of ``count``, as a list.
+
+    ``None`` stands for as many. ``meaning`` names what is counted.
+    """
+    if value is None:
+        return [None] * count
+    sequence = isinstance(value, (list, tuple))
+    if not sequence or len(value) != count:
+        raise ValueError(
+            f"{name} must be None or a list with an entry or None for each of {meaning}, got "
+            f"{len(value) if sequence else type(value).__name__}"
+        )
+    return list(value)
+
+
 def prototype_weights(value: Any, sizes: Sequence[int], several: bool) -> list[Tensor | None]:
     """Return relative masses of prototypes for each head of ``sizes``, or ``None``.
 
     ``several`` tells whether ``value`` is a sequence, with an entry or ``None`` for each head.
     """
-    if value is None:
-        return [None] * len(sizes)
-    if not several:
-        weight("prototype_weight", value, (tuple(sizes),), value)
-        return [value]
-    sequence = isinstance(value, (list, tuple))
-    if not sequence or len(value) != len(sizes):
-        raise ValueError(
-            f"prototype_weight must be None or a list with an entry or None for each of "
-            f"{len(sizes)} heads, got {len(value) if sequence else type(value).__name__}"
-        )
-    for index, (each, size) in enumerate(zip(value, sizes, strict=True)):
+    given = [value]
+    if several:
+        given = one_for_each("prototype_weight", value, len(sizes), f"{len(sizes)} heads")
+    for index, (each, size) in enumerate(zip(given, sizes, strict=True)):
         if each is not None:
-            weight(f"prototype_weight[{index}]", each, ((size,),), each)
-    return list(value)
+            weight(
+                f"prototype_weight[{index}]" if several else "prototype_weight",
+                each,
+                ((size,),),
+                each,
+            )
+    return given
 
 
 def mask(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> None:

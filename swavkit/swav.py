@@ -318,11 +318,11 @@ class SwAVLoss(OwnState):
             record = partial(self._record, code_heads)
             self._agreement.require(record, group, views[0].device, advice=_ADVICE)
 
-        taught = code_features is not None or code_prototypes is not None
         batch = self._batch(
             features if isinstance(features, Tensor) else views,
-            (code_views or views[: self.num_code_views]) if taught else None,
+            code_views,
             sample_weight,
+            taught=code_prototypes is not None,
         )
         mean_part = part_of_mean(batch, group) if self.reduction == "global_mean" else None
         priors = self._priors(views[0].device)
@@ -361,12 +361,17 @@ class SwAVLoss(OwnState):
         features: Tensor | list[Tensor],
         code_views: list[Tensor] | None,
         sample_weight: Tensor | None,
+        *,
+        taught: bool,
     ) -> Batch:
         together, nan_rows = _together(features, sample_weight)
         code_features = code_nan_rows = None
         if code_views is not None:
             with torch.no_grad():
                 code_features, code_nan_rows = _together(code_views, sample_weight)
+        elif taught:  # by other prototypes alone
+            code_features = together[: self.num_code_views].detach()
+            code_nan_rows = None if nan_rows is None else nan_rows[: self.num_code_views]
         queued = queue_mask = None
         if self.queue is not None:
             queued = self.queue.features
@@ -423,9 +428,7 @@ class SwAVLoss(OwnState):
         sizes: list[int | None] = [head.num_prototypes for head in heads[:_COMPARED_HEADS]]
         sizes += [None] * (_COMPARED_HEADS - len(sizes))
         others = [layer for layer, head in zip(code_heads, heads, strict=True) if layer is not head]
-        device = heads[0].weight.device
-        priors = self._priors(device)
-        no_prior = torch.full((1,), -1.0, device=device)  # so that the head of a prior counts
+        priors = self._priors(heads[0].weight.device)
         return {
             "the number of heads": len(heads),
             "num_prototypes": sum(head.num_prototypes for head in heads),
@@ -448,11 +451,7 @@ class SwAVLoss(OwnState):
                 [layer.weight for layer in others if not is_sharded(layer.weight)]
             ),
             "the checksum of prototype_weight": _checksum(
-                []
-                if all(prior is None for prior in priors)
-                else [
-                    (no_prior if prior is None else prior).double().unsqueeze(1) for prior in priors
-                ]
+                [None if prior is None else prior.double().unsqueeze(1) for prior in priors]
             ),
         }
 
@@ -486,8 +485,13 @@ def _together(
     return views.masked_fill(nan_rows, 0), nan_rows
 
 
-def _checksum(matrices: list[Tensor]) -> Tensor | None:
-    """Return one checksum of several matrices; ``None`` of none."""
-    if not matrices:
+def _checksum(matrices: Sequence[Tensor | None]) -> Tensor | None:
+    """Return one checksum of several matrices and of the places without one; ``None`` of none."""
+    checksums = [None if matrix is None else checksum(matrix) for matrix in matrices]
+    known = [each for each in checksums if each is not None]
+    if not known:
         return None
-    return checksum(torch.stack([checksum(matrix) for matrix in matrices]).unsqueeze(1))
+    absent = torch.full_like(known[0], 2**52)  # above every checksum
+    return checksum(
+        torch.stack([absent if each is None else each for each in checksums]).unsqueeze(1)
+    )

@@ -24,6 +24,7 @@ from swavkit import CodePredictionLoss, code_prediction_loss, swapped_prediction
 from tests import oracles, tolerances
 from tests.bad_input import BAD_SAMPLE_WEIGHTS
 from tests.modes import CountingBackend, RefuseSynchronisation
+from tests.signatures import described
 from tests.strategies import PredictionProblem, prediction_problems, reals
 from tests.test_settings import TRANSFORMS
 
@@ -680,10 +681,6 @@ def test_a_copy_of_the_module_has_its_settings(
 
 
 def test_module_and_function_have_the_same_settings() -> None:
-    def described(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
-        parameters = inspect.signature(function).parameters.items()
-        return {name: (parameter.default, parameter.annotation) for name, parameter in parameters}
-
     settings = described(CodePredictionLoss)
     tensors = described(CodePredictionLoss().forward)
     assert described(code_prediction_loss) == settings | tensors

@@ -656,8 +656,18 @@ def test_the_number_of_operations_does_not_grow_with_the_batch():
     assert counts[0] == counts[1]
 
 
-def test_it_compiles_into_one_graph():
-    groups = (CropGroup(12, 1, (0.3, 1.0)), CropGroup(6, 1, (0.05, 0.3), photometric=None))
+@pytest.mark.parametrize(
+    "groups",
+    [
+        (CropGroup(12, 1, (0.3, 1.0)), CropGroup(6, 1, (0.05, 0.3), photometric=None)),
+        tuple(
+            CropGroup((12, 18), 2, (0.3, 1.0), photometric=None, interpolation=interpolation)
+            for interpolation in ("bicubic", "bilinear")
+        ),
+    ],
+    ids=["squares", "rectangles"],
+)
+def test_it_compiles_into_one_graph(groups):
     transform = MultiCropTransform(groups, mean=0.0, std=1.0)
     backend = CountingBackend()
     compiled = torch.compile(transform.__call__, backend=backend, fullgraph=True)

@@ -14,7 +14,7 @@ from PIL import Image
 from swavkit import CropGroup, MultiCropTransform
 from swavkit.multicrop import box_ops
 from tests.image_oracles import resized_box, seeded
-from tests.modes import CountingBackend, RefuseSynchronisation
+from tests.modes import RefuseSynchronisation
 
 PIXEL = 1e-5  # float32 arithmetic on pixels in [0, 1]
 EACH_GROUP = tuple(
@@ -196,20 +196,6 @@ def test_bicubic_crops_are_differentiable_with_respect_to_the_pixels():
     torch.autograd.gradcheck(
         lambda pixels: tuple(transform(pixels, seed=1)), batch.requires_grad_()
     )
-
-
-def test_rectangular_bicubic_crops_compile_into_one_graph():
-    transform = MultiCropTransform(EACH_GROUP[:2], mean=0.0, std=1.0)
-    backend = CountingBackend()
-    compiled = torch.compile(transform.__call__, backend=backend, fullgraph=True)
-    for seed in range(2):
-        batch = torch.rand(3, 3, 40, 30, generator=seeded(seed))
-        torch.manual_seed(seed)
-        crops = compiled(batch)
-        torch.manual_seed(seed)
-        for one, other in zip(crops, transform(batch), strict=True):
-            torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
-    assert backend.graphs == 1
 
 
 def test_nothing_waits_for_an_accelerator_with_rectangular_bicubic_crops():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import pickle
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from swavkit import SwappedPredictionLoss, _prediction_errors, swapped_predictio
 from tests import oracles, tolerances
 from tests.bad_input import BAD_SAMPLE_WEIGHTS
 from tests.modes import CountingBackend, LargestTensor, RefuseSynchronisation
+from tests.signatures import described
 from tests.strategies import LossProblem, loss_problems, permutations, reals
 
 SHAPES = [(views, code_views) for views in range(2, 6) for code_views in range(1, views + 1)]
@@ -655,10 +655,6 @@ def test_a_copy_of_the_module_has_its_temperature(
 
 
 def test_module_and_function_have_the_same_settings() -> None:
-    def described(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
-        parameters = inspect.signature(function).parameters.items()
-        return {name: (parameter.default, parameter.annotation) for name, parameter in parameters}
-
     settings = described(SwappedPredictionLoss)
     tensors = described(SwappedPredictionLoss().forward)
     assert described(swapped_prediction_loss) == settings | tensors

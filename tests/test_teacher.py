@@ -48,8 +48,9 @@ def teacher_of(sizes: Any = PROTOTYPES, dtype: torch.dtype = torch.float64) -> n
     return nn.ModuleList(PrototypeLayer(DIMENSION, size) for size in sizes).to(dtype)
 
 
-def heads_of(prototypes: nn.Module) -> list[PrototypeLayer]:
-    return list(prototypes) if isinstance(prototypes, nn.ModuleList) else [prototypes]
+def heads_of(prototypes: Any) -> list[PrototypeLayer]:
+    several = isinstance(prototypes, (list, tuple, nn.ModuleList))
+    return list(prototypes) if several else [prototypes]
 
 
 def assert_close(found: Any, expected: Any, atol: float = 1e-11) -> None:
@@ -96,7 +97,7 @@ class ByHand:
             features = features.masked_fill(~present[:, None], 0)
             code_features = code_features.masked_fill(~present[:, None], 0)
         frozen = torch.tensor(self.steps < self.freeze_steps)
-        teachers = self.heads if code_prototypes is None else heads_of_any(code_prototypes)
+        teachers = self.heads if code_prototypes is None else heads_of(code_prototypes)
         weight = present.double() if sample_weight is None else sample_weight.double()
         if self.queue is not None:
             weight = torch.cat([weight, self.queue.valid.double()])
@@ -118,11 +119,6 @@ class ByHand:
             unit = F.normalize(code_features.to(self.queue.features.dtype), dim=-1)
             self.queue.push(unit, valid=present)
         return torch.stack(losses).mean(), all_codes
-
-
-def heads_of_any(prototypes: Any) -> list[PrototypeLayer]:
-    several = isinstance(prototypes, (list, tuple, nn.ModuleList))
-    return list(prototypes) if several else [prototypes]
 
 
 def assert_same_queue(criterion: SwAVLoss, by_hand: ByHand, atol: float = 1e-11) -> None:

@@ -2,10 +2,10 @@
 
     python docs/examples/deepclusterv2.py                       # 4,000 MNIST digits
     python docs/examples/deepclusterv2.py --data digits         # scikit-learn's 8x8 digits, seconds
-    torchrun --nproc-per-node 2 docs/examples/deepclusterv2.py  # each batch on two processes
+    torchrun --nproc-per-node 2 docs/examples/deepclusterv2.py  # each batch on two ranks
 
-A bank holds the last epoch's features of every image, each process those of its own images. Before
-each epoch, spherical k-means over the banks of all processes gives each head its prototypes, which
+A bank holds the last epoch's features of every image, each rank those of its own images. Before
+each epoch, spherical k-means over the banks of all ranks gives each head its prototypes, which
 are not trained, and each image an index, the target of all its crops (Caron et al. 2020,
 arXiv 2006.09882, appendix). Heads are clustered on the banks of the code views in turn.
 """
@@ -45,11 +45,11 @@ class Model(nn.Module):
 def spherical_kmeans(
     features: Tensor, centroids: Tensor, iterations: int = 10
 ) -> tuple[Tensor, Tensor]:
-    """Cluster the unit rows of all processes by cosine.
+    """Cluster the unit rows of all ranks by cosine.
 
     Args:
-        features: (n, D) unit rows of this process, any number of them.
-        centroids: (K, D) unit rows to start from, the same on all processes.
+        features: (n, D) unit rows of this rank, any number of them.
+        centroids: (K, D) unit rows to start from, the same on all ranks.
         iterations: How often centroids move.
 
     Returns:
@@ -70,7 +70,7 @@ def cluster(bank: Tensor, heads: Sequence[PrototypeLayer]) -> list[Tensor]:
 
     Args:
         bank: (A, n, D) unit features of the code views, which heads take in turn.
-        heads: Their first centroids are features of the first process.
+        heads: Their first centroids are features of the first rank.
     """
     indices = []
     for number, head in enumerate(heads):

@@ -2,7 +2,7 @@
 
     python docs/examples/dino.py                       # 4,000 MNIST digits
     python docs/examples/dino.py --data digits         # scikit-learn's 8x8 digits, seconds
-    torchrun --nproc-per-node 2 docs/examples/dino.py  # each batch on two processes
+    torchrun --nproc-per-node 2 docs/examples/dino.py  # each batch on two ranks
 
 The teacher is a moving average of the student, heads and prototypes included. Codes of all class
 tokens are one problem and those of masked patches another; they are solved together, with as many

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from swavkit._tensors import at_least_float32, empty, on_cpu
 from swavkit.sinkhorn.kernel import Kernel, Part
-from swavkit.sinkhorn.marginals import masses
+from swavkit.sinkhorn.marginals import masses, may_be_fractional
 
 # The scores of a block on a CPU: 2^21 take 1.15 times as long at 8×256×3,000. For few features,
 # reading the prototypes takes most of the time of a product, so with many prototypes a block grows
@@ -120,9 +120,7 @@ class BlockScores:
             masses(weight, shape, self.features.device, self.dtype),
             len(self.directions),
             weighted=weight is not None,
-            fractional=any(
-                each is not None and each.is_floating_point() for each in (weight, prototype_weight)
-            ),
+            fractional=may_be_fractional(weight, prototype_weight),
             epsilon=epsilon,
             codes=self.all_p,
             memory=self.part_memory,

@@ -65,8 +65,7 @@ def _nearest(start: Tensor, end: Tensor, size: int) -> Tensor:
 
 def _check(masks: Tensor, boxes: Tensor, flips: Tensor) -> None:
     for name, value in (("masks", masks), ("boxes", boxes), ("flips", flips)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        _checks.tensor(name, value)
     if masks.dim() not in (2, 3, 4):
         raise ValueError(
             f"masks must have shape (H, W), (B, H, W) or (B, C, H, W), got {tuple(masks.shape)}"

@@ -25,7 +25,12 @@ from swavkit._tensors import at_least_float32, autocast_disabled, empty
 from swavkit.distributed.collectives import participants
 from swavkit.sinkhorn.iterations import find_u
 from swavkit.sinkhorn.kernel import Kernel, Masses, codes_at_once, fits_at_once, parts_of
-from swavkit.sinkhorn.marginals import masses, refuse_bad_values, target_marginal
+from swavkit.sinkhorn.marginals import (
+    masses,
+    may_be_fractional,
+    refuse_bad_values,
+    target_marginal,
+)
 
 if TYPE_CHECKING:
     from swavkit.distributed.collectives import ProcessGroup
@@ -229,17 +234,14 @@ def checked_problems(
             f"scores must be a torch.Tensor, got {type(scores).__name__}; or a list or tuple of "
             f"tensors, at least 1"
         )
-    weights = {"sample_weight": sample_weight, "prototype_weight": prototype_weight}
-    for name, several in weights.items():
-        if several is None:
-            weights[name] = [None] * len(scores)
-        elif not isinstance(several, (list, tuple)) or len(several) != len(scores):
-            sequence = isinstance(several, (list, tuple))
-            raise ValueError(
-                f"{name} must be None or a list with an entry or None for each of the "
-                f"{len(scores)} scores, got {len(several) if sequence else type(several).__name__}"
-            )
-    problems = [Problem(*each) for each in zip(scores, *weights.values(), strict=True)]  # type: ignore[call-arg, unused-ignore]
+    weights = [
+        _checks.one_for_each(name, value, len(scores), f"the {len(scores)} scores")
+        for name, value in (
+            ("sample_weight", sample_weight),
+            ("prototype_weight", prototype_weight),
+        )
+    ]
+    problems = [Problem(*each) for each in zip(scores, *weights, strict=True)]
     for index, problem in enumerate(problems):
         _check(problem, f"[{index}]")
         _checks.same_device(f"scores[{index}]", problem.scores, problems[0].scores)
@@ -312,14 +314,13 @@ def _kernel(problem: Problem, scores: Tensor, codes: Tensor, epsilon: float | Te
     dtype = at_least_float32(scores.dtype)
     shape = problem.scores.shape[:-1]
     sample_mass = masses(problem.sample_weight, shape, scores.device, dtype)
-    weights = [weight for weight in problem[1:] if weight is not None]
     return Kernel(
         scores.__getitem__,
         parts_of(scores),
         Masses(*(each.view(*scores.shape[:-2], each.shape[-1]) for each in sample_mass)),  # r
         scores.shape[-1],
         weighted=problem.sample_weight is not None,
-        fractional=any(weight.is_floating_point() for weight in weights),
+        fractional=may_be_fractional(problem.sample_weight, problem.prototype_weight),
         epsilon=epsilon,
         codes=codes,
     )

@@ -129,6 +129,11 @@ def masses(
     return Masses((log - largest).to(dtype), largest.to(dtype))
 
 
+def may_be_fractional(*weights: Tensor | None) -> bool:
+    """Tell whether a weight may be other than 0 and 1, by the dtypes."""
+    return any(weight is not None and weight.is_floating_point() for weight in weights)
+
+
 def target_marginal(prototype_weight: Tensor | None, like: Tensor) -> Tensor | None:
     """Return the masses (K,) of prototypes, of sum 1, as ``like``; ``None`` for equal masses."""
     if prototype_weight is None:

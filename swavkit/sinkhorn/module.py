@@ -169,11 +169,10 @@ class SinkhornKnopp(nn.Module):
 
     def _participants(self) -> ProcessGroup | None:
         """Return the ranks that share the batch of a call now, or ``None``."""
-        if self.synchronize == "always" or (self.synchronize and self.training):
-            return participants(self.process_group, True)
-        group = participants(self.process_group, False)  # its type is checked
-        warned = self._warned or torch.compiler.is_compiling()
-        if self.synchronize and not warned and number_of_ranks(self.process_group) > 1:
+        now = self.synchronize == "always" or (self.synchronize and self.training)
+        group = participants(self.process_group, now)
+        local = self.synchronize and not now and not torch.compiler.is_compiling()
+        if local and not self._warned and number_of_ranks(self.process_group) > 1:
             self._warned = True
             warnings.warn(
                 "codes in eval() are those of the samples of this rank alone, in a job of several "
