@@ -70,7 +70,8 @@ def kernels(call: Callable[[], object]) -> int:
 
     call()  # the first call loads libraries and selects kernels
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities, acc_events=True) as recorded:
         call()
         torch.cuda.synchronize()
     return sum(

@@ -28,9 +28,6 @@ from tests.signatures import described
 from tests.strategies import PredictionProblem, prediction_problems, reals
 from tests.test_settings import TRANSFORMS
 
-# Forward-mode differentiation uses it itself.
-pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit.* is deprecated:DeprecationWarning")
-
 REDUCTIONS = ["mean", "sum", "none"]
 ANY_REDUCTION = pytest.mark.parametrize("reduction", REDUCTIONS)
 ANY_DTYPE = pytest.mark.parametrize("dtype", tolerances.DTYPES, ids=str)

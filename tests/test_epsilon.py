@@ -28,9 +28,6 @@ from tests import tolerances
 from tests.modes import RefuseSynchronisation
 from tests.states import same, snapshot
 
-# Inductor uses it itself.
-pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit.* is deprecated:DeprecationWarning")
-
 DIMENSION, PROTOTYPES, VIEWS, SAMPLES = 6, 5, 3, 8
 ANY_DTYPE = pytest.mark.parametrize("dtype", tolerances.DTYPES, ids=str)
 

@@ -19,7 +19,16 @@ ROWS = [  # top, left, height, width, mirrored
     [5, 0, 2, 31, 1],
     [1, 1, 8, 8, 0],
 ]
-DTYPES = [torch.bool, torch.uint8, torch.uint16, torch.int64, torch.float16, torch.float64]
+DTYPES = [
+    torch.bool,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.int64,
+    torch.float16,
+    torch.float64,
+]
 
 
 def as_given(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -26,9 +26,6 @@ from swavkit import (
 )
 from swavkit.distributed.agreement import Agreement
 
-# Inductor and forward-mode differentiation use it themselves.
-pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit.* is deprecated:DeprecationWarning")
-
 DIMENSION, PROTOTYPES, VIEWS = 6, 5, 3
 ROUTES = ("full", "streamed", "hooked")
 

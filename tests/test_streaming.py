@@ -33,8 +33,8 @@ DIMENSION, PROTOTYPES = 6, 5
 def blocks_of(rows: int, entries_of_a_part: int = 10**6) -> Iterator[None]:
     """Let a block hold so many rows: of each view's samples the quotient with V, but at least 1."""
     with (
-        patch.object(score_blocks, "_ENTRIES_OF_A_BLOCK", 1),
-        patch.object(score_blocks, "_FEATURES_OF_A_BLOCK", rows),
+        patch.object(score_blocks, "_ENTRIES_OF_A_BLOCK", 1),  # P is not kept
+        patch.object(score_blocks, "_entries_of_a_block", lambda _, prototypes: rows * prototypes),
         patch.object(score_blocks, "_ENTRIES_OF_A_PART", entries_of_a_part),
     ):
         yield

@@ -73,9 +73,7 @@ class BlockScores:
     def _blocks(self, views: int, first: int, last: int) -> list[Block]:
         """Divide the samples from ``first`` to ``last`` (exclusive) of ``views`` into blocks."""
         prototypes = len(self.directions)
-        entries = _MOST_ENTRIES_OF_A_BLOCK
-        if self.features.device.type == "cpu":
-            entries = min(entries, max(_ENTRIES_OF_A_BLOCK, _FEATURES_OF_A_BLOCK * prototypes))
+        entries = _entries_of_a_block(self.features.device, prototypes)
         rows = max(entries // (views * prototypes), 1)
         part = rows
         if on_cpu(self.features):
@@ -159,6 +157,15 @@ class BlockScores:
     def of(self, features: Tensor) -> Tensor:
         """Return the scores (..., b, K) of features (..., b, D). The next call overwrites them."""
         return _product(features, self.directions, self.block_memory)
+
+
+def _entries_of_a_block(device: torch.device, prototypes: int) -> int:
+    """Return the most scores of a block."""
+    if device.type != "cpu":
+        return _MOST_ENTRIES_OF_A_BLOCK
+    return min(
+        _MOST_ENTRIES_OF_A_BLOCK, max(_ENTRIES_OF_A_BLOCK, _FEATURES_OF_A_BLOCK * prototypes)
+    )
 
 
 def _product(features: Tensor, directions: Tensor, memory: Tensor | None) -> Tensor:

@@ -13,6 +13,11 @@ from swavkit.multicrop.crop_group import checked_size
 
 __all__ = ["crop_masks"]
 
+# CUDA devices do not index tensors of these dtypes.
+_SIGNED = {
+    torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64
+}  # fmt: skip
+
 
 def crop_masks(masks: Tensor, boxes: Tensor, flips: Tensor, size: int | Sequence[int]) -> Tensor:
     """Cut masks or label maps by the box and flip of one crop per image.
@@ -53,8 +58,9 @@ def crop_masks(masks: Tensor, boxes: Tensor, flips: Tensor, size: int | Sequence
     columns = columns.flip(1).where(flips.view(-1, 1), columns)
     images = torch.arange(batch.shape[0], device=masks.device).view(-1, 1, 1, 1)
     channels = torch.arange(batch.shape[1], device=masks.device).view(1, -1, 1, 1)
-    cut = batch[images, channels, rows[:, None, :, None], columns[:, None, None, :]]
-    return cut.reshape(*masks.shape[:-2], height, width)
+    signed = batch.view(_SIGNED.get(batch.dtype, batch.dtype))
+    cut = signed[images, channels, rows[:, None, :, None], columns[:, None, None, :]]
+    return cut.view(batch.dtype).reshape(*masks.shape[:-2], height, width)
 
 
 def _nearest(start: Tensor, end: Tensor, size: int) -> Tensor:
