@@ -20,6 +20,7 @@ from hypothesis.extra.numpy import arrays
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swavkit import SinkhornKnopp, sinkhorn_knopp
+from swavkit.sinkhorn import at_once as at_once_route
 from swavkit.sinkhorn import kernel
 from tests import oracles, tolerances
 from tests.modes import (
@@ -582,7 +583,7 @@ def small_blocks() -> Iterator[None]:
         patch.object(kernel, "_SAMPLES_OF_A_BLOCK", 4),
         patch.object(kernel, "PARTS_OF_A_PRODUCT", 2),
         patch.object(kernel, "_VALUES_OF_A_PART", 4),
-        patch.object(kernel, "_VALUES_AT_ONCE", 0),
+        patch.object(at_once_route, "_VALUES_AT_ONCE", 0),
     ):
         yield
 

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from swavkit import sinkhorn_knopp
+from swavkit.sinkhorn import at_once as at_once_route
 from swavkit.sinkhorn import kernel
 from tests import oracles, tolerances
 from tests.strategies import reals
@@ -638,7 +639,7 @@ def test_any_problem_at_any_corner_has_the_codes_of_the_equations(
     at_once = data.draw(st.sampled_from([0, 2**20]), label="entries that are computed at once")
     with (
         torch.autocast("cpu", dtype=low) if low else contextlib.nullcontext(),
-        patch.object(kernel, "_VALUES_AT_ONCE", at_once),
+        patch.object(at_once_route, "_VALUES_AT_ONCE", at_once),
     ):
         codes = sinkhorn_knopp(
             scores,
@@ -812,7 +813,7 @@ WEIGHTED = pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted
 @contextlib.contextmanager
 def blocks_of_five_samples(at_once: int) -> Iterator[None]:
     with (
-        patch.object(kernel, "_VALUES_AT_ONCE", at_once),
+        patch.object(at_once_route, "_VALUES_AT_ONCE", at_once),
         patch.object(kernel, "_SAMPLES_OF_A_BLOCK", 5),
         patch.object(kernel, "PARTS_OF_A_PRODUCT", 1),
     ):

@@ -23,8 +23,9 @@ from torch import Tensor
 from swavkit import _checks
 from swavkit._tensors import at_least_float32, autocast_disabled, empty
 from swavkit.distributed.collectives import participants
+from swavkit.sinkhorn.at_once import codes_at_once, fits_at_once
 from swavkit.sinkhorn.iterations import find_u
-from swavkit.sinkhorn.kernel import Kernel, Masses, codes_at_once, fits_at_once, parts_of
+from swavkit.sinkhorn.kernel import Kernel, Masses, parts_of
 from swavkit.sinkhorn.marginals import (
     masses,
     may_be_fractional,
@@ -273,7 +274,10 @@ def solve(
                 and _is_plain(problem, settings)
                 and fits_at_once(scores, settings.iterations)
             ):
-                found = codes_at_once(scores, settings.epsilon, settings.iterations)
+                present = problem.sample_weight
+                if present is not None:
+                    present = present.expand(problem.scores.shape[:-1]).reshape(scores.shape[:-1])
+                found = codes_at_once(scores, settings.epsilon, settings.iterations, present)
                 codes.append((one_hot(found) if settings.hard else found).to(dtype))
                 continue
             codes.append(empty(scores.shape, dtype, scores))
@@ -297,9 +301,10 @@ def solve(
 
 
 def _is_plain(problem: Problem, settings: Settings) -> bool:
-    """Tell whether a problem has equal marginals and a fixed number of strict iterations."""
+    """Tell whether masses are equal, or 0, and the number of strict iterations is fixed."""
     strict = settings.relaxation == math.inf and settings.tolerance is None
-    return strict and problem.sample_weight is None and problem.prototype_weight is None
+    equal = problem.prototype_weight is None and not may_be_fractional(problem.sample_weight)
+    return strict and equal
 
 
 def _without_leading_ones(scores: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swavkit._tensors import at_least_float32, empty, on_cpu, scaled_sum, traceable
+from swavkit._tensors import empty, on_cpu, scaled_sum, traceable
 
 # With equal masses, the range of u and v grows by up to B·K per scaling. Five scalings stay inside
 # float32 at any B·K that fits in memory; then P is computed anew. With fractional weights the range
@@ -27,10 +27,6 @@ _UNIT_OF_MASSES, _UNIT_OF_U, _LOG_UNIT_OF_KERNEL = 2.0**90, 2.0**60, 30 * math.l
 # The values and samples that a CPU's caches keep from one operation to the next.
 _VALUES_OF_A_BLOCK = 2**21
 _SAMPLES_OF_A_BLOCK = 2**12
-
-# Up to so many values, a CPU gains more from fewer operations than from cheaper ones: 2.8 times at
-# 64×300.
-_VALUES_AT_ONCE = 2**20
 
 # Scores are first multiplied by this, so that no difference of finite scores overflows, and last
 # divided by ε. What overflows then is too far below the row's largest exponent to count. An ε above
@@ -338,36 +334,6 @@ class Kernel:
         return largest
 
 
-def fits_at_once(scores: Tensor, iterations: int) -> bool:
-    """Tell whether :func:`codes_at_once` can make the iterations and is the fastest way."""
-    small = scores.numel() <= _VALUES_AT_ONCE or not on_cpu(scores)
-    return small and iterations <= SCALINGS_OF_ONE_KERNEL and scores.numel() > 0
-
-
-def codes_at_once(scores: Tensor, epsilon: float | Tensor, iterations: int) -> Tensor:
-    """Return the codes of scores (B, K) or (N, B, K) with equal marginals, in few operations.
-
-    They are in the dtype of the arithmetic. The steps are those of a :class:`Kernel` in one block.
-    """
-    dtype = at_least_float32(scores.dtype)
-    lowest = torch.finfo(dtype).min / 4
-    scale, rate = scale_and_rate(traceable(epsilon, scores.device), dtype)
-    nan_mask = nan_mask_of(scores).to(dtype).unsqueeze(-1)
-    values = scaled_sum(nan_mask, scores, scale)
-    values.nan_to_num_(lowest, lowest, lowest)
-    values.sub_(values.amax(dim=-2, keepdim=True))
-    largest = exponentials(values, rate)
-    factor = nan_mask.exp_()  # NaN or 1, the sum of each code
-    sample_mass = factor.squeeze(-1).nan_to_num(0)
-    v = largest.mul_(rate).exp_().mul_(sample_mass)
-    transposed = values.mT
-    for _ in range(iterations):
-        u = products(transposed, v).reciprocal_()
-        sums = products(values, u)
-        v = sample_mass / sums
-    return values.mul_(u.unsqueeze(-2)).mul_(factor.div_(sums.unsqueeze(-1)))
-
-
 def parts_of(scores: Tensor) -> list[Part]:
     """Return the parts of ``scores``, (B, K) or (N, B, K), to compute at a time.
 
@@ -423,14 +389,18 @@ def over_samples(values: Tensor, v: Tensor) -> Tensor:
     return sums.view(*v.shape[:-1], parts, -1).sum(dim=-2)
 
 
-def products(matrices: Tensor, vectors: Tensor) -> Tensor:
+def products(matrices: Tensor, vectors: Tensor, out: Tensor | None = None) -> Tensor:
     """Return the product of each matrix with its vector. A batched product might use TF32."""
     if matrices.dim() == 3:
-        return torch.stack([products(*pair) for pair in zip(matrices, vectors, strict=True)])
+        results = vectors.new_empty(matrices.shape[:-1])
+        for matrix, vector, result in zip(matrices, vectors, results, strict=True):
+            products(matrix, vector, out=result)
+        return results
     parts = _parts_of_a_row(matrices)
     if not parts:
-        return torch.mv(matrices, vectors)
-    return torch.stack([torch.mv(matrices[:, part], vectors[part]) for part in parts]).sum(dim=0)
+        return torch.mv(matrices, vectors, out=out)
+    sums = torch.stack([torch.mv(matrices[:, part], vectors[part]) for part in parts])
+    return torch.sum(sums, dim=0, out=out)
 
 
 def _parts_of_a_row(values: Tensor) -> list[slice]:
