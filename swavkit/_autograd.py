@@ -1,4 +1,4 @@
-"""Gradients that are computed in the forward pass, and a product with an exact gradient."""
+"""Gradients computed in the forward pass, and exact ones of a product and of unit rows."""
 
 from __future__ import annotations
 
@@ -46,6 +46,46 @@ def linear(features: Tensor, weight: Tensor) -> Tensor:
         features.to(dtype), weight.to(dtype)
     )
     return scores
+
+
+class UnitRows(torch.autograd.Function):
+    """Unit rows and their lengths, with a gradient of few operations.
+
+    For x = n u of length n, the gradient of u is (g - ⟨g, u⟩ u) / n, and that of n is u.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor, differentiate_norm: bool) -> tuple[Tensor, Tensor]:
+        # Divided by the largest entry first, so that no square over- or underflows. It cancels.
+        largest = torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True))
+        largest = largest.clamp(min=torch.finfo(rows.dtype).tiny)
+        unit = rows / largest
+        norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
+        norm = norm.masked_fill(norm == 0, torch.inf)  # a zero row's gradient is 0
+        return unit / norm, norm * largest
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, bool], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output)
+        ctx.differentiate_norm = inputs[1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, gradient: Tensor | None, of_length: Tensor | None
+    ) -> tuple[Tensor | None, None]:
+        unit, length = ctx.saved_tensors
+        total = None
+        if gradient is not None:
+            if ctx.differentiate_norm:
+                along = (gradient * unit).sum(dim=-1, keepdim=True)
+                gradient = torch.addcmul(gradient, along, unit, value=-1)
+            total = gradient / length
+        if of_length is not None:  # in a second derivative
+            total = of_length * unit if total is None else total + of_length * unit
+        return total, None
 
 
 class _Linear(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from swavkit import _checks
 from swavkit._checks import is_plainly
-from swavkit._tensors import at_least_float32, autocast_disabled, product_dtype
+from swavkit._tensors import at_least_float32, autocast_disabled, on_cpu, product_dtype
 from swavkit.distributed.collectives import rank_and_size, sum_over_ranks
 from swavkit.fused.loss import fused_losses
 from swavkit.prototypes import PrototypeLayer, unit_rows
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 __all__ = ["SwAVDetails"]
 
-# memory="auto" calls the parts for up to so many scores of all views and heads, if there is no
-# queue: fewer operations then save more than fewer bytes. torch.compile fuses the operations of the
-# parts itself, and keeps the batch size symbolic in them, so there the limit is one of memory.
-SCORES_OF_CALLED_PARTS, SCORES_OF_COMPILED_PARTS = 2**21, 2**28
+# memory="auto" calls the parts for up to so many scores of all views and heads. On a CPU it does so
+# if there is no queue: fewer operations then save more than fewer bytes. An accelerator and
+# torch.compile gain from fewer operations at any size, so there the limit is one of memory.
+SCORES_OF_PARTS_ON_CPU, SCORES_OF_PARTS = 2**21, 2**28
 
 # memory="auto" lets the fused route keep the kernels of the code views, if they take no more.
 _BYTES_OF_KEPT_KERNELS = 2**30
@@ -202,10 +202,10 @@ def part_of_mean(batch: Batch, group: ProcessGroup | None) -> Tensor | None:
 def _is_small(batch: Batch, prototypes: int) -> bool:
     """Tell whether ``memory="auto"`` calls the parts."""
     scores = batch.features.shape[0] * batch.features.shape[1] * prototypes
-    if torch.compiler.is_compiling():
-        queued = 0 if batch.queued is None else batch.queued.shape[:-1].numel() * prototypes
-        return scores + queued <= SCORES_OF_COMPILED_PARTS
-    return batch.queued is None and scores <= SCORES_OF_CALLED_PARTS
+    if on_cpu(batch.features):
+        return batch.queued is None and scores <= SCORES_OF_PARTS_ON_CPU
+    queued = 0 if batch.queued is None else batch.queued.shape[:-1].numel() * prototypes
+    return scores + queued <= SCORES_OF_PARTS
 
 
 def _parts_called(

@@ -1,4 +1,4 @@
-"""Errors of predictions of codes, and their residuals, for one view of some samples.
+"""Errors of predictions of codes, and their residuals.
 
 A prediction is softmax(S/τ), its target T has nonnegative entries and mass n = Σ_k T_k. The error
 and its gradient are ::
@@ -13,6 +13,10 @@ many entries to zero.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -23,52 +27,88 @@ from swavkit._tensors import at_least_float32, scaled_sum
 _LARGEST_RESIDUAL_IN_FLOAT16 = 256.0
 
 
-def prediction_error(
+class Target(NamedTuple):
+    """What some views predict.
+
+    Attributes:
+        views: The index of one view or of several.
+        values: (b, K), T, in the dtype of the arithmetic; or (b,) int64, the index of the only
+            entry of each row of T, which is n.
+        mass: (b,), n, the row sums of T, in the dtype of the arithmetic, float32 or float64.
+    """
+
+    views: int | slice
+    values: Tensor
+    mass: Tensor
+
+
+def prediction_errors(
     scores: Tensor,
-    target: Tensor,
-    mass: Tensor,
+    targets: Sequence[Target],
     inverse_temperature: float | Tensor,
     residual: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """Return n · logsumexp(S/τ) - ⟨T, S⟩/τ for some samples of one view, (b,).
+    """Return Σ_v [ n_v · logsumexp(S_v/τ) - ⟨T_v, S_v⟩/τ ] for some samples, (b,).
 
     Args:
-        scores: (b, K), S, of any floating dtype.
-        target: (b, K), T, in the dtype of the arithmetic; or (b,) int64, the index of the only
-            entry of each row of T, which is n.
-        mass: (b,), n, the row sums of T, in the dtype of the arithmetic, float32 or float64.
+        scores: (v, b, K), S of some views, of any floating dtype.
+        targets: The targets of all these views.
         inverse_temperature: 1/τ.
-        residual: (b, K), overwritten with T - n · softmax(S/τ); may be ``scores`` itself.
+        residual: (v, b, K), overwritten with T_v - n_v · softmax(S_v/τ); may be ``scores`` itself.
         scale: (b,), a factor of the residual, applied before it is rounded to its dtype.
     """
-    largest = scores.amax(dim=-1, keepdim=True).to(mass.dtype)
+    dtype = targets[0].mass.dtype
+    largest = scores.amax(dim=-1, keepdim=True).to(dtype)
     shift = largest * -inverse_temperature
-    if residual is not None and residual.dtype == mass.dtype:
+    if residual is not None and residual.dtype == dtype:
         logits = residual
     else:
-        logits = mass.new_empty(scores.shape)
+        logits = torch.empty(scores.shape, dtype=dtype, device=scores.device)
     scaled_sum(shift, scores, inverse_temperature, out=logits)  # at most 0, up to rounding
-    indices = None if target.is_floating_point() else target.unsqueeze(-1)
-    if indices is None:
-        # 0 · -inf is 0 here. What else is NaN makes the mass or the largest score NaN.
-        agreement = (target * logits).nansum(dim=-1)
-    else:
-        agreement = mass * logits.gather(-1, indices).squeeze(-1)
+    agreements = [_agreement(target, logits[target.views]) for target in targets]
     predictions = torch.softmax(logits, dim=-1, out=logits)
     # logsumexp is the largest logit minus the logarithm of its softmax.
-    log_sum = scaled_sum(shift, largest, inverse_temperature).squeeze(-1)
-    log_sum -= predictions.amax(dim=-1).log()
+    log_sums = scaled_sum(shift, largest, inverse_temperature)
+    log_sums = (log_sums - predictions.amax(dim=-1, keepdim=True).log_()).squeeze(-1)  # (v, b)
+    errors = [
+        target.mass * _over_views(log_sums[target.views], target.mass) - agreement
+        for target, agreement in zip(targets, agreements, strict=True)
+    ]
     if residual is not None:
-        if indices is None:
-            torch.addcmul(target, predictions, mass.unsqueeze(-1), value=-1, out=logits)
-        else:
-            predictions.mul_(-mass.unsqueeze(-1)).scatter_add_(-1, indices, mass.unsqueeze(-1))
+        for target in targets:
+            _subtract(predictions[target.views], target)
         if scale is not None:
             logits.mul_(scale.unsqueeze(-1))
         if logits is not residual:
             residual.copy_(logits)
-    return mass * log_sum - agreement
+    return reduce(torch.add, errors)
+
+
+def _agreement(target: Target, logits: Tensor) -> Tensor:
+    """Return Σ_v ⟨T, logits_v⟩ of the views of a target, (b,)."""
+    if target.values.is_floating_point():
+        logits = _over_views(logits, target.values)
+        # 0 · -inf is 0 here. What else is NaN makes the mass or the largest score NaN.
+        return (target.values * logits).nansum(dim=-1)
+    indices = target.values.unsqueeze(-1)
+    return target.mass * logits.gather(-1, indices).squeeze(-1)
+
+
+def _over_views(values: Tensor, like: Tensor) -> Tensor:
+    """Return the sum of several views, or the values of a single one, of the shape of ``like``."""
+    if values.dim() == like.dim():
+        return values
+    return values[0] if len(values) == 1 else values.sum(dim=0)
+
+
+def _subtract(predictions: Tensor, target: Target) -> None:
+    """Overwrite predictions with T - n · predictions."""
+    mass = target.mass.unsqueeze(-1)
+    if target.values.is_floating_point():
+        torch.addcmul(target.values, predictions, mass, value=-1, out=predictions)
+    else:
+        predictions.mul_(-mass).scatter_add_(-1, target.values.unsqueeze(-1), mass)
 
 
 def residual_scale(mass: Tensor, dtype: torch.dtype) -> Tensor | None:

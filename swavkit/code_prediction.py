@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 from swavkit import _checks
 from swavkit._autograd import attach_gradients
-from swavkit._prediction_errors import normalized_weights, prediction_error, residual_scale
+from swavkit._prediction_errors import (
+    Target,
+    normalized_weights,
+    prediction_errors,
+    residual_scale,
+)
 from swavkit._tensors import at_least_float32, autocast_disabled, empty, on_cpu, traceable
 
 __all__ = ["CodePredictionLoss", "code_prediction_loss"]
@@ -165,7 +170,13 @@ def _errors_and_factor(
         target = codes if absent is None else codes.masked_fill(absent, 0)
         mass = scores.new_ones(codes.shape, dtype=dtype)
     scale = residual_scale(mass, scores.dtype)
-    errors = prediction_error(scores, target, mass, inverse_temperature, residual, scale)
+    errors = prediction_errors(
+        scores.unsqueeze(0),
+        [Target(0, target, mass)],
+        inverse_temperature,
+        None if residual is None else residual.unsqueeze(0),
+        scale,
+    )
     if absent is not None:
         errors.masked_fill_(absent, 0)
         if residual is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from swavkit import _checks
-from swavkit._autograd import linear
+from swavkit._autograd import UnitRows, linear
 from swavkit._tensors import at_least_float32
 from swavkit.distributed.collectives import is_sharded
 
@@ -230,11 +230,5 @@ def unit_rows(rows: Tensor, *, differentiate_norm: bool = True) -> Tensor:
         (..., D) unit rows in float32, or float64 for float64 input.
     """
     rows = rows.to(at_least_float32(rows.dtype))
-    # Divided by the largest entry first, so that no square over- or underflows. It cancels.
-    constant = rows.detach()
-    largest = torch.maximum(constant.amax(-1, keepdim=True), -constant.amin(-1, keepdim=True))
-    scaled = rows / largest.clamp(min=torch.finfo(rows.dtype).tiny)
-    differentiable = scaled if differentiate_norm else scaled.detach()
-    norm = torch.linalg.vector_norm(differentiable, dim=-1, keepdim=True)
-    unit: Tensor = scaled / norm.masked_fill(norm == 0, torch.inf)  # a zero row's gradient is 0
+    unit: Tensor = UnitRows.apply(rows, differentiate_norm)[0]  # type: ignore[no-untyped-call]
     return unit

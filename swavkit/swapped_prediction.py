@@ -15,7 +15,7 @@ needs one logsumexp per view, and the softmax gives its gradient::
     L = 1/(A(V-1)) · Σ_v mean_b [ n_v · logsumexp_k(S_v/τ) - ⟨T_v, S_v⟩/τ ]
     ∂L/∂S_v = (T_v - n_v · softmax(S_v/τ)) · -w_b / (τ · A · (V-1) · Σ w)
 
-``_prediction_errors.py`` computes both for one view.
+``_prediction_errors.py`` computes both for some views.
 """
 
 from __future__ import annotations
@@ -29,10 +29,20 @@ from torch import Tensor, nn
 
 from swavkit import _checks
 from swavkit._autograd import attach_gradients
-from swavkit._prediction_errors import normalized_weights, prediction_error, residual_scale
-from swavkit._tensors import at_least_float32, autocast_disabled, empty, traceable
+from swavkit._prediction_errors import (
+    Target,
+    normalized_weights,
+    prediction_errors,
+    residual_scale,
+)
+from swavkit._tensors import at_least_float32, autocast_disabled, empty, on_cpu, traceable
 
 __all__ = ["SwappedPredictionLoss", "swapped_prediction_loss"]
+
+Views = Tensor | Sequence[Tensor]  # (V, b, K), or V tensors (b, K)
+
+# So many scores are computed at once, in one temporary if the residual is narrower than float32.
+_SCORES_OF_A_GROUP = 2**25
 
 
 def swapped_prediction_loss(
@@ -85,12 +95,13 @@ def swapped_prediction_loss(
         _checks.weight("sample_weight", sample_weight, (samples,), score_views[0])
 
     given = [scores] if isinstance(scores, Tensor) else score_views
-    terms = score_views, code_views, temperature, sample_weight
+    views = scores if isinstance(scores, Tensor) else score_views
+    terms = views, code_views, temperature, sample_weight
     if not (torch.is_grad_enabled() and any(part.requires_grad for part in given)):
         return _loss_and_factor(None, *terms)[0]
     residuals = [empty(part.shape, part.dtype, part) for part in given]
     loss, factor = _loss_and_factor(
-        list(residuals[0]) if isinstance(scores, Tensor) else residuals, *terms
+        residuals[0] if isinstance(scores, Tensor) else residuals, *terms
     )
     return attach_gradients(loss, factor, residuals, given)
 
@@ -143,9 +154,9 @@ class SwappedPredictionLoss(nn.Module):
 
 
 def _loss_and_factor(
-    residuals: list[Tensor] | None,
-    scores: list[Tensor],
-    codes: list[Tensor],
+    residuals: Views | None,
+    scores: Views,
+    codes: Sequence[Tensor],
     temperature: float | Tensor,
     sample_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -160,52 +171,83 @@ def _loss_and_factor(
             scores, codes, inverse_temperature, sample_weight, residuals
         )
         pair_weight = normalized_weight / (len(codes) * (len(scores) - 1))
-        factor = pair_weight * -inverse_temperature / scale
+        factor = pair_weight * -inverse_temperature
+        if scale is not None:
+            factor /= scale
         return (pair_weight * errors).sum(), factor.unsqueeze(-1)
 
 
 def errors_of_samples(
-    scores: list[Tensor],
-    codes: list[Tensor],
+    scores: Views,
+    codes: Sequence[Tensor],
     inverse_temperature: float | Tensor,
     sample_weight: Tensor | None,
-    residuals: list[Tensor] | None,
-) -> tuple[Tensor, Tensor]:
-    """Return Σ_v [ n_v · logsumexp_k(S_v/τ) - ⟨T_v, S_v⟩/τ ] and the scale of residuals, (b,) each.
+    residuals: Views | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return Σ_v [ n_v · logsumexp_k(S_v/τ) - ⟨T_v, S_v⟩/τ ], (b,), and the scale of residuals.
 
     Args:
-        scores: V tensors (b, K).
+        scores: (V, b, K), or V tensors (b, K).
         codes: A tensors (b, K).
         inverse_temperature: 1/τ.
         sample_weight: (b,), or ``None``. Errors and residuals are 0 where it is 0.
-        residuals: V tensors (b, K), overwritten with T_v - n_v · softmax(S_v/τ), times the scale;
-            may be the ``scores`` themselves.
+        residuals: Like ``scores``, overwritten with T_v - n_v · softmax(S_v/τ), times the scale,
+            (b,), if there is one; may be the ``scores`` themselves.
     """
     dtype = at_least_float32(scores[0].dtype)
     zero_weight_mask = None if sample_weight is None else sample_weight == 0
     codes = [code.to(dtype) for code in codes]
     target_of_all = reduce(torch.add, codes)
-    target_mass = target_of_all.sum(dim=-1)
-    scale = residual_scale(target_mass, scores[0].dtype)
-    errors = torch.zeros_like(target_mass)
-    for view, view_scores in enumerate(scores):
-        residual = None if residuals is None else residuals[view]
-        others = codes[:view] + codes[view + 1 :]
-        if view >= len(codes):
-            target, mass = target_of_all, target_mass
-        elif others:
-            target = reduce(torch.add, others)
-            mass = target.sum(dim=-1)
-        else:  # the only code is its own
-            if residual is not None:
-                residual.zero_()
-            continue
-        errors += prediction_error(view_scores, target, mass, inverse_temperature, residual, scale)
+    of_all = Target(slice(None), target_of_all, target_of_all.sum(dim=-1))
+    scale = residual_scale(of_all.mass, scores[0].dtype)
+    errors: list[Tensor] = []
+    alone = len(codes) == 1  # the first view has nothing to predict
+    if alone and residuals is not None:
+        residuals[0].zero_()
+    for views in _groups(scores, int(alone)):
+        residual = None if residuals is None else _together(residuals, views)
+        targets = _targets(codes, of_all, views)
+        errors.append(
+            prediction_errors(
+                _together(scores, views), targets, inverse_temperature, residual, scale
+            )
+        )
         if zero_weight_mask is not None and residual is not None:
             residual.masked_fill_(zero_weight_mask.unsqueeze(-1), 0)
+    total = reduce(torch.add, errors)
     if zero_weight_mask is not None:
-        errors.masked_fill_(zero_weight_mask, 0)
-    return errors, torch.ones_like(errors) if scale is None else scale
+        total.masked_fill_(zero_weight_mask, 0)
+    return total, scale
+
+
+def _groups(scores: Views, first: int) -> list[range]:
+    """Return the views, from the first one, that are computed at a time.
+
+    On a CPU each is, since it then stays in the cache. Elsewhere few operations count.
+    """
+    views = range(first, len(scores))
+    few = isinstance(scores, Tensor) and scores.numel() <= _SCORES_OF_A_GROUP
+    if few and not on_cpu(scores[0]):
+        return [views]
+    return [views[index : index + 1] for index in range(len(views))]
+
+
+def _together(views: Views, group: range) -> Tensor:
+    """Return the views of a group, (v, b, K)."""
+    if isinstance(views, Tensor):
+        return views[group.start : group.stop]
+    return views[group.start].unsqueeze(0)
+
+
+def _targets(codes: Sequence[Tensor], of_all: Target, group: range) -> list[Target]:
+    """Return the targets of the views of a group: all other codes."""
+    targets = []
+    for view in range(group.start, min(group.stop, len(codes))):
+        values = reduce(torch.add, [*codes[:view], *codes[view + 1 :]])
+        targets.append(Target(view - group.start, values, values.sum(dim=-1)))
+    if group.stop > len(codes):
+        targets.append(of_all._replace(views=slice(len(targets), None)))
+    return targets
 
 
 def _check_pairing(scores: list[Tensor], codes: list[Tensor]) -> None:

@@ -36,7 +36,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 def criterion_of(form: str, monkeypatch: pytest.MonkeyPatch) -> SwAVLoss:
     if form == "auto above its limit":
-        monkeypatch.setattr("swavkit._head_losses.SCORES_OF_CALLED_PARTS", 0)
+        monkeypatch.setattr("swavkit._head_losses.SCORES_OF_PARTS_ON_CPU", 0)
     settings = {"num_prototypes": PROTOTYPES} | FORMS[form]
     return SwAVLoss(DIMENSION, **settings)
 

@@ -48,7 +48,8 @@ def memory_for_p(criterion: SwAVLoss, samples: int, missing: int = 0) -> Iterato
     dtype = torch.promote_types(next(criterion.parameters()).dtype, torch.float32)
     size = criterion.num_code_views * (samples + queued) * prototypes * dtype.itemsize
     with (
-        patch.object(_head_losses, "SCORES_OF_CALLED_PARTS", 0),
+        patch.object(_head_losses, "SCORES_OF_PARTS_ON_CPU", 0),
+        patch.object(_head_losses, "SCORES_OF_PARTS", 0),
         patch.object(_head_losses, "_BYTES_OF_KEPT_KERNELS", size - missing),
     ):
         yield
@@ -470,7 +471,7 @@ def test_auto_is_fused_where_there_are_more_scores_than_a_limit(
     criterion = SwAVLoss(DIMENSION, (5, 7), memory=memory).to(dtype)
     scores = 3 * 8 * (5 + 7)  # of all heads together: neither has too many by itself
     for limit, fused in [(scores - 1, 2), (scores, 0)]:
-        monkeypatch.setattr(_head_losses, "SCORES_OF_CALLED_PARTS", limit)
+        monkeypatch.setattr(_head_losses, "SCORES_OF_PARTS_ON_CPU", limit)
         for values in (0.0, 1.0, math.nan):
             calls.clear()
             criterion(torch.full((3, 8, DIMENSION), values, dtype=dtype))
@@ -564,7 +565,7 @@ def hooked(module: nn.Module) -> nn.Module:
 def test_where_somebody_looks_at_the_parts_auto_is_full_and_streamed_an_error(
     calls: list[Tensor], monkeypatch: pytest.MonkeyPatch, looker: str
 ) -> None:
-    monkeypatch.setattr(_head_losses, "SCORES_OF_CALLED_PARTS", 0)
+    monkeypatch.setattr(_head_losses, "SCORES_OF_PARTS_ON_CPU", 0)
     criterion = SwAVLoss(DIMENSION, PROTOTYPES, queue_length=10, memory="streamed").double()
     criterion(features_of())
     assert len(calls) == 1

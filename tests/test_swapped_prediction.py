@@ -300,10 +300,11 @@ def test_the_error_of_some_samples_of_one_view_and_what_is_left_of_them(
     target = torch.tensor(problem_of().codes[0]).to(device, arithmetic)
     target *= mass / target.sum(dim=-1, keepdim=True)
     residual = scores.clone()
-    found = _prediction_errors.prediction_error(
-        residual, target, target.sum(dim=-1), 1 / 0.1, residual=residual
+    targets = [_prediction_errors.Target(0, target, target.sum(dim=-1))]
+    found = _prediction_errors.prediction_errors(
+        residual[None], targets, 1 / 0.1, residual=residual[None]
     )
-    alone = _prediction_errors.prediction_error(scores, target, target.sum(dim=-1), 1 / 0.1)
+    alone = _prediction_errors.prediction_errors(scores[None], targets, 1 / 0.1)
     assert torch.equal(found, alone)
     assert found.dtype == arithmetic
     pair = torch.stack([scores, scores]).double().cpu().numpy()

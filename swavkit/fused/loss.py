@@ -152,14 +152,15 @@ def _loss(
             part_scores = block_scores[:, inside]
             codes = scores.codes(kernel, part, code_scores[:, inside])
             errors, scale = errors_of_samples(
-                list(part_scores),
+                part_scores,
                 [one_hot(code) for code in codes] if hard else codes,
                 inverse_temperature,
                 None if sample_weight is None else sample_weight[part],
-                list(part_scores) if needs_features or needs_directions else None,
+                part_scores if needs_features or needs_directions else None,
             )
             loss += (pair_weight[part] * errors).sum()
-            factor[part] /= scale
+            if scale is not None:
+                factor[part] /= scale
         # The residuals have overwritten the scores.
         if needs_features or needs_directions:
             residual = block_scores.flatten(0, 1).to(dtype)  # (V·b, K)
