@@ -1,4 +1,4 @@
-"""``python -m benchmarks [SUITE ...] [--quick] [--output DIR]``."""
+"""``python -m benchmarks [SUITE ...] [--device cuda] [--quick] [--output DIR]``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import (
+    bench_device,
     bench_loss,
     bench_multicrop,
     bench_queue,
@@ -23,7 +26,7 @@ from benchmarks.harness import Suite, environment, measure
 SUITES = {module.SUITE.name: module.SUITE for module in (bench_sinkhorn, bench_loss, bench_queue)}
 KERNELS = "kernels"  # counted, not timed
 RANKS = "ranks"  # runs in its own processes
-NAMES = [*SUITES, bench_multicrop.NAME, KERNELS, RANKS]
+NAMES = [*SUITES, bench_multicrop.NAME, KERNELS, RANKS, bench_device.NAME]
 HEADER = (
     "contender", "rounds", "median", "quartiles", "× swavkit", "quartiles", "extra memory", "error"
 )  # fmt: skip
@@ -39,6 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="one tiny problem each, in seconds")
     parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where tensors lie; 'ranks' is for a CPU, 'device' for CUDA (%(default)s)",
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         default=Path("runs/benchmarks"),
@@ -50,16 +59,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name not in NAMES:
             parser.error(f"SUITE must be any of {', '.join(NAMES)}, got {name!r}")
 
-    report: dict[str, Any] = {"environment": environment(), "quick": options.quick, "results": []}
-    for name in options.suites or NAMES:
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA device, and torch finds none")
+    report: dict[str, Any] = {"environment": environment(device), "quick": options.quick}
+    report["results"] = []
+    others = RANKS if device.type == "cuda" else bench_device.NAME
+    for name in options.suites or [name for name in NAMES if name != others]:
         if name == KERNELS:
             report[KERNELS] = count()
         elif name == bench_multicrop.NAME:
-            report[name] = bench_multicrop.run(options.output, quick=options.quick)
+            report[name] = bench_multicrop.run(options.output, quick=options.quick, device=device)
+        elif name == bench_device.NAME:
+            report[name] = bench_device.run(quick=options.quick)
         elif name == RANKS:
             report[RANKS] = share(quick=options.quick)
         else:
-            report["results"] += run(SUITES[name], quick=options.quick)
+            report["results"] += run(SUITES[name], quick=options.quick, device=device)
 
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "benchmarks.json"
@@ -72,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plot_against_prototypes(report["results"], options.output / "prototypes.png")
 
 
-def run(suite: Suite, *, quick: bool) -> list[dict[str, Any]]:
+def run(suite: Suite, *, quick: bool, device: torch.device) -> list[dict[str, Any]]:
     """Print the results of a suite, and return them as rows of plain values."""
     for package in suite.missing():
         print(f"{suite.name}: {package} is not installed, and is left out")
@@ -80,7 +96,9 @@ def run(suite: Suite, *, quick: bool) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
     for problem in (suite.quick,) if quick else suite.cases:
         title = f"{suite.name}: {problem}"
-        rows = measure(suite, problem, seconds=0.1 if quick else 4)
+        # Times on a device vary less.
+        seconds = 0.1 if quick else 4 if device.type == "cpu" else 0.5
+        rows = measure(suite, problem, seconds=seconds, device=device)
         print(title, table(rows), sep="\n")
         results += [{"title": title, **row} for row in rows]
     return results

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import OURS, Calls, Suite
-from benchmarks.inputs import clustered
+from benchmarks.inputs import CPU, clustered
 from benchmarks.published import published_codes, published_loss, published_step
 from swavkit import SwAVLoss
 from tests import oracles
@@ -41,20 +41,22 @@ class Problem:
         """The tolerance relative to the largest entry, for the loss and both gradients."""
         return 1e-4
 
-    def inputs(self) -> tuple[Tensor, Tensor]:
+    def inputs(self, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
         """Return features (V, B, 128) and prototypes."""
-        return clustered(self.views, self.samples, FEATURE_DIM, prototypes=self.prototypes)
+        sizes = self.views, self.samples, FEATURE_DIM
+        return clustered(*sizes, prototypes=self.prototypes, device=device)
 
-    def queued(self) -> Tensor | None:
+    def queued(self, device: torch.device = CPU) -> Tensor | None:
         """Return the features of a full queue, (2, L, 128)."""
         if not self.queue:
             return None
-        features, _ = clustered(CODE_VIEWS, self.queue, FEATURE_DIM, prototypes=self.prototypes)
+        sizes = CODE_VIEWS, self.queue, FEATURE_DIM
+        features, _ = clustered(*sizes, prototypes=self.prototypes, device=device)
         return F.normalize(features, dim=-1)
 
 
-def prepare(problem: Problem) -> Calls:
-    (features, weight), queued = problem.inputs(), problem.queued()
+def prepare(problem: Problem, device: torch.device = CPU) -> Calls:
+    (features, weight), queued = problem.inputs(device), problem.queued(device)
     features.requires_grad_()
     weight = nn.Parameter(weight)
 
@@ -65,7 +67,7 @@ def prepare(problem: Problem) -> Calls:
             num_code_views=CODE_VIEWS,
             memory=memory,
             queue_length=problem.queue,
-        )
+        ).to(device)
         criterion.prototypes.weight = weight  # the same matrix for all contenders
         if queued is not None and criterion.queue is not None:
             criterion.queue.push(queued)
@@ -88,13 +90,24 @@ def prepare(problem: Problem) -> Calls:
         of_weight = scores.flatten(0, 1).T @ features.flatten(0, 1)
         return scores, scores @ weight, of_weight
 
-    return {
+    def autocast(step: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+        def inside() -> tuple[Tensor, ...]:
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                return step()
+
+        return inside
+
+    calls = {
         OURS: ours("auto"),
         FULL: ours("full"),
         STREAMED: ours("streamed"),
         "published": published,
         "its 3 matrix products": products,
     }
+    if device.type != "cpu":
+        calls[f"{OURS}, bfloat16 autocast"] = autocast(ours("auto"))
+        calls["published, bfloat16 autocast"] = autocast(published)
+    return calls
 
 
 def check_reference() -> None:
@@ -106,12 +119,12 @@ def check_reference() -> None:
     np.testing.assert_allclose(loss.item(), expected, rtol=1e-12)
 
 
-def errors(problem: Problem, calls: Calls) -> dict[str, float]:
+def errors(problem: Problem, calls: Calls, device: torch.device = CPU) -> dict[str, float]:
     """Return the largest error of the loss and of its gradients, relative to the largest entry."""
     scores = problem.views * problem.samples * problem.prototypes
     dtype = torch.float64 if scores <= _MOST_SCORES_IN_FLOAT64 else torch.float32
-    features, weight = (values.to(dtype).requires_grad_() for values in problem.inputs())
-    queued = problem.queued()
+    features, weight = (values.to(dtype).requires_grad_() for values in problem.inputs(device))
+    queued = problem.queued(device)
     queued = None if queued is None else queued.to(dtype)
     loss = published_step(features, weight, CODE_VIEWS, queued)
     expected = loss, *torch.autograd.grad(loss, [features, weight])

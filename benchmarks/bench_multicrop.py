@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,21 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import crop_pipelines
 from benchmarks.crop_pipelines import STEPS, Pipeline
-from benchmarks.harness import Calls, paired_ratios, summary, time_interleaved
+from benchmarks.harness import Calls, clock_of, paired_ratios, summary, time_interleaved
+from benchmarks.inputs import CPU
 from swavkit import MultiCropTransform
 from tests import image_oracles
 
 NAME = "multicrop"
 BATCH = 16
 WORKERS = 2
+BATCH_ON_DEVICE = 128
 TOLERANCE = 1e-4  # of pixels in [0, 1]
 
 Row = dict[str, Any]
 
 
-def run(folder: Path, *, quick: bool) -> dict[str, Any]:
+def run(folder: Path, *, quick: bool, device: torch.device = CPU) -> dict[str, Any]:
     """Verify, measure, print and plot, and return the results as plain values."""
     if not importlib.util.find_spec("skimage"):
         print(f"{NAME}: scikit-image, which has the photographs, is not installed: left out")
@@ -37,6 +40,8 @@ def run(folder: Path, *, quick: bool) -> dict[str, Any]:
     torch.set_num_threads(1)  # the figures are per core
     try:
         images = crop_pipelines.photographs()[: 1 if quick else None]
+        if device.type != "cpu":
+            return on_device(images, device)
         error = largest_error(crop_pipelines.tensors(images)[0])
         if not error <= TOLERANCE:
             raise ValueError(f"crops must be within {TOLERANCE:g} of the oracle, got {error:g}")
@@ -76,6 +81,29 @@ def largest_error(image: Tensor) -> float:
     return max(errors)
 
 
+def on_device(images: Sequence[Any], device: torch.device) -> dict[str, Any]:
+    """Make the crops of a batch of images on a device, and compare them with those of a CPU."""
+    batch = crop_pipelines.tensors(images)
+    batch = (batch * (BATCH_ON_DEVICE // len(batch) + 1))[:BATCH_ON_DEVICE]
+    there = [image.to(device) for image in batch]
+    transform, plain = crop_pipelines.ours(), crop_pipelines.ours(1)
+    of_cpu, of_device = transform(batch[:16], seed=0), transform(there[:16], seed=0)
+    differences = zip(of_cpu, of_device, strict=True)
+    error = max((one - other.cpu()).abs().max().item() for one, other in differences)
+    if not error <= TOLERANCE / min(crop_pipelines.STD):
+        raise ValueError(f"crops must be within {TOLERANCE:g} of those of a CPU, got {error:g}")
+    calls: dict[str, Callable[[], object]] = {
+        "swavkit": lambda: transform(there),
+        "swavkit, no photometric step": lambda: plain(there),
+    }
+    if "torchvision" not in crop_pipelines.missing():
+        theirs = crop_pipelines.torchvision_pipeline()
+        calls["torchvision"] = lambda: [theirs(image) for image in there]
+    rows = measure(calls, len(there), seconds=1, least=2, clock=clock_of(device))
+    show(f"{NAME}: {len(there)} photographs on {torch.cuda.get_device_name(device)}", rows)
+    return {"error": error, "alone": rows}
+
+
 def contenders(images: Sequence[Any]) -> Calls:
     """Return calls that make the crops of all images once."""
     tensors = crop_pipelines.tensors(images)
@@ -100,9 +128,16 @@ def contenders(images: Sequence[Any]) -> Calls:
     return calls
 
 
-def measure(calls: Calls, images: int, *, seconds: float, least: int = 5) -> list[Row]:
+def measure(
+    calls: Calls,
+    images: int,
+    *,
+    seconds: float,
+    least: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Row]:
     """Time the calls in turn. Times are per image, ratios are to the time of the first call."""
-    rounds = time_interleaved(calls, seconds=seconds, least=least)
+    rounds = time_interleaved(calls, seconds=seconds, least=least, clock=clock)
     first = rounds[next(iter(calls))]
     return [
         {

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import OURS, Calls, Suite
+from benchmarks.inputs import CPU
 from swavkit import FeatureQueue
 from tests import oracles
 
@@ -40,11 +41,12 @@ class Problem:
         """The tolerance: features are stored without rounding."""
         return 1e-12
 
-    def steps(self, number: int) -> Iterator[Tensor]:
+    def steps(self, number: int, device: torch.device = CPU) -> Iterator[Tensor]:
         """Return the features of ``number`` steps, from a fixed seed."""
         generator = torch.Generator().manual_seed(0)
         for _ in range(number):
-            yield torch.randn(CODE_VIEWS, self.samples, FEATURE_DIM, generator=generator)
+            sizes = CODE_VIEWS, self.samples, FEATURE_DIM
+            yield torch.randn(sizes, generator=generator).to(device)
 
 
 class Queue(Protocol):
@@ -58,8 +60,8 @@ class Queue(Protocol):
 class Published:
     """The published queue, which shifts its contents by a batch, through a copy."""
 
-    def __init__(self, length: int) -> None:
-        self.features = torch.zeros(CODE_VIEWS, length, FEATURE_DIM)
+    def __init__(self, length: int, device: torch.device) -> None:
+        self.features = torch.zeros(CODE_VIEWS, length, FEATURE_DIM, device=device)
 
     def push(self, features: Tensor) -> None:
         samples = features.shape[1]
@@ -68,17 +70,17 @@ class Published:
             queue[:samples] = new
 
 
-def queues(problem: Problem) -> dict[str, Queue]:
-    ours = FeatureQueue(problem.length, FEATURE_DIM, CODE_VIEWS)
+def queues(problem: Problem, device: torch.device) -> dict[str, Queue]:
+    ours = FeatureQueue(problem.length, FEATURE_DIM, CODE_VIEWS).to(device)
     if problem.other_length is None:
-        return {OURS: ours, "published": Published(problem.length)}
-    longer = FeatureQueue(problem.other_length, FEATURE_DIM, CODE_VIEWS)
+        return {OURS: ours, "published": Published(problem.length, device)}
+    longer = FeatureQueue(problem.other_length, FEATURE_DIM, CODE_VIEWS).to(device)
     return {OURS: ours, f"{OURS}, {problem.other_length:,} slots": longer}
 
 
-def prepare(problem: Problem) -> Calls:
-    (features,) = problem.steps(1)
-    return {name: partial(queue.push, features) for name, queue in queues(problem).items()}
+def prepare(problem: Problem, device: torch.device = CPU) -> Calls:
+    (features,) = problem.steps(1, device)
+    return {name: partial(queue.push, features) for name, queue in queues(problem, device).items()}
 
 
 def newest(steps: list[Tensor], length: int) -> Tensor:
@@ -97,13 +99,13 @@ def check_reference() -> None:
     torch.testing.assert_close(in_order(held), in_order(newest(steps, problem.length)))
 
 
-def errors(problem: Problem, calls: Calls) -> dict[str, float]:
+def errors(problem: Problem, calls: Calls, device: torch.device = CPU) -> dict[str, float]:
     """Return the largest error of any entry after enough steps to fill the queue.
 
     Contenders may differ in the order of the slots.
     """
-    made = queues(problem)
-    steps = list(problem.steps(problem.length // problem.samples + 2))
+    made = queues(problem, device)
+    steps = list(problem.steps(problem.length // problem.samples + 2, device))
     for features in steps:
         for queue in made.values():
             queue.push(features)
@@ -120,6 +122,7 @@ def errors(problem: Problem, calls: Calls) -> dict[str, float]:
 
 def in_order(features: Tensor) -> Tensor:
     """Sort samples by a weighted sum of their features, independent of their slots."""
+    features = features.cpu()
     weights = torch.linspace(1, 2, FEATURE_DIM, dtype=torch.float64)
     return features[:, (features.double() @ weights).sum(dim=0).argsort()]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.harness import OURS, Calls, Suite
-from benchmarks.inputs import clustered
+from benchmarks.inputs import CPU, clustered
 from benchmarks.published import published_codes
 from swavkit import sinkhorn_knopp
 from tests import oracles
@@ -42,15 +42,15 @@ class Problem:
         """The tolerance of an entry in [0, 1]: float32 arithmetic, then rounding to the dtype."""
         return 2e-5 + torch.finfo(getattr(torch, self.dtype)).eps / 4
 
-    def scores(self) -> Tensor:
+    def scores(self, device: torch.device = CPU) -> Tensor:
         features, directions = clustered(
-            self.problems, self.samples, 128, prototypes=self.prototypes
+            self.problems, self.samples, 128, prototypes=self.prototypes, device=device
         )
         return (F.normalize(features, dim=-1) @ directions.T).to(getattr(torch, self.dtype))
 
 
-def prepare(problem: Problem) -> Calls:
-    scores = problem.scores()
+def prepare(problem: Problem, device: torch.device = CPU) -> Calls:
+    scores = problem.scores(device)
     single = scores[0]
     calls: dict[str, Callable[[], object]] = {
         OURS: (
@@ -67,6 +67,8 @@ def prepare(problem: Problem) -> Calls:
         ]
         return calls | {"floor": lambda: floor(scores)}
 
+    if device.type != "cpu":
+        return calls | {"floor": lambda: floor(scores)}
     cost = -scores
     if peers.installed("POT"):
         calls["POT"] = lambda: peers.pot_codes(cost)
@@ -92,9 +94,9 @@ def check_reference() -> None:
     np.testing.assert_allclose(published_codes(scores[0]).numpy(), expected, atol=1e-12)
 
 
-def errors(problem: Problem, calls: Calls) -> dict[str, float]:
+def errors(problem: Problem, calls: Calls, device: torch.device = CPU) -> dict[str, float]:
     """Return the largest error of an entry of the codes."""
-    scores = problem.scores().double()
+    scores = problem.scores(device).double()
     expected = reference(scores, ITERATIONS)
     found = {
         name: _largest_difference(call(), expected)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 import swavkit
+from benchmarks.inputs import CPU
 
 Calls = Mapping[str, Callable[[], object]]
 
@@ -39,39 +40,41 @@ class Suite:
         cases: The problems of the default run: dataclasses of plain values, including ``samples``,
             with a string for the table and the ``tolerance`` of a correct answer.
         quick: The problem of ``--quick``.
-        prepare: Makes the inputs of a problem and returns a call for each contender. It must be at
-            module level, so that another process can import it.
+        prepare: Makes the inputs of a problem on a device and returns a call for each contender. It
+            must be at module level, so that another process can import it.
         check_reference: Raises an error unless the float64 reference of ``errors`` agrees with the
             oracle of the tests.
-        errors: Takes a problem and its calls, and returns the error of each contender with an
-            answer.
+        errors: Takes a problem, its calls and the device, and returns the error of each contender
+            with an answer.
         missing: Returns the compared packages that are not installed.
     """
 
     name: str
     cases: tuple[Any, ...]
     quick: Any
-    prepare: Callable[[Any], Calls]
+    prepare: Callable[[Any, torch.device], Calls]
     check_reference: Callable[[], None]
-    errors: Callable[[Any, Calls], dict[str, float]]
+    errors: Callable[[Any, Calls, torch.device], dict[str, float]]
     missing: Callable[[], list[str]] = list
 
 
-def measure(suite: Suite, problem: Any, *, seconds: float) -> list[dict[str, Any]]:
+def measure(
+    suite: Suite, problem: Any, *, seconds: float, device: torch.device = CPU
+) -> list[dict[str, Any]]:
     """Verify and time every contender, and return one row of plain values for each.
 
     Raises:
         ValueError: If our own answer is wrong. A wrong answer of another contender is marked in its
             row.
     """
-    calls = suite.prepare(problem)
-    errors = suite.errors(problem, calls)
+    calls = suite.prepare(problem, device)
+    errors = suite.errors(problem, calls, device)
     if not errors[OURS] <= problem.tolerance:
         raise ValueError(
             f"{OURS} must be within {problem.tolerance:g} of the reference on {problem}, "
             f"got {errors[OURS]:g}"
         )
-    rounds = time_interleaved(calls, seconds=seconds)
+    rounds = time_interleaved(calls, seconds=seconds, clock=clock_of(device))
     samples = {name: list(durations.values()) for name, durations in rounds.items()}
     return [
         {
@@ -84,7 +87,11 @@ def measure(suite: Suite, problem: Any, *, seconds: float) -> list[dict[str, Any
             "seconds": summary(samples[name]),
             "ratio": summary(paired_ratios(rounds[name], rounds[OURS])),
             "samples": samples[name],
-            "extra_memory": extra_memory(suite.prepare, problem, name),
+            "extra_memory": (
+                extra_memory(suite.prepare, problem, name)
+                if device.type == "cpu"
+                else extra_memory_of_device(calls[name], device)
+            ),
         }
         for name in calls
     ]
@@ -156,7 +163,28 @@ def summary(samples: list[float]) -> dict[str, float]:
     return {"median": median, "lower_quartile": lower, "upper_quartile": upper}
 
 
-def extra_memory(prepare: Callable[[Any], Calls], problem: Any, name: str) -> int | None:
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Return a clock that first waits for the device."""
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
+
+
+def extra_memory_of_device(call: Callable[[], object], device: torch.device) -> int:
+    """Return the bytes that one call needs in addition to what is allocated, with its result."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def extra_memory(
+    prepare: Callable[[Any, torch.device], Calls], problem: Any, name: str
+) -> int | None:
     """Return the bytes that one call needs in addition to its inputs, including its result.
 
     The call runs alone in a new process that returns all freed memory to the system. Memory kept by
@@ -172,12 +200,12 @@ def extra_memory(prepare: Callable[[Any], Calls], problem: Any, name: str) -> in
         return alone.submit(_peak_of_call, prepare, problem, name).result()
 
 
-def _peak_of_call(prepare: Callable[[Any], Calls], problem: Any, name: str) -> int:
+def _peak_of_call(prepare: Callable[[Any, torch.device], Calls], problem: Any, name: str) -> int:
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
-    call = prepare(problem)[name]
+    call = prepare(problem, CPU)[name]
     # Load code and start threads on a problem too small to leave memory behind.
     tiny = {field.name: 8 for field in fields(problem) if field.name in SIZES}
-    prepare(replace(problem, **tiny))[name]()
+    prepare(replace(problem, **tiny), CPU)[name]()
     PEAK_RESET.write_text("5")  # the peak counts from here
     before = _process_memory("VmRSS")
     call()
@@ -189,7 +217,7 @@ def _process_memory(key: str) -> int:
     return int(re.findall(rf"^{key}:\s+(\d+) kB", status, flags=re.MULTILINE)[0]) * 1024
 
 
-def environment() -> dict[str, Any]:
+def environment(device: torch.device = CPU) -> dict[str, Any]:
     """Return the versions, the hardware and its load."""
     return {
         "swavkit": swavkit.__version__,
@@ -200,6 +228,7 @@ def environment() -> dict[str, Any]:
         "system": platform.system(),
         "machine": platform.machine(),
         "processor": _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),

@@ -119,7 +119,7 @@ class Allocation:
     prototypes: int
 
 
-def prepare_allocation(problem: Allocation) -> harness.Calls:
+def prepare_allocation(problem: Allocation, device: torch.device) -> harness.Calls:
     thrice = torch.ones(3, problem.samples, problem.prototypes)  # must not count
     given = thrice[0].clone()
     return {"one more": lambda: given + 1, "two more": lambda: (given + 1) + 1}
@@ -287,6 +287,6 @@ def test_more_processes_than_cores_are_labelled() -> None:
 def test_an_unknown_suite_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["sinkhorm"])
-    listed = "sinkhorn, loss, queue, multicrop, kernels, ranks"
+    listed = "sinkhorn, loss, queue, multicrop, kernels, ranks, device"
     message = f"SUITE must be any of {listed}, got 'sinkhorm'"
     assert message in capsys.readouterr().err
