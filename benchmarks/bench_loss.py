@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.harness import OURS, Calls, Suite
 from benchmarks.inputs import CPU, clustered
 from benchmarks.published import published_codes, published_loss, published_step
-from swavkit import SwAVLoss
+from swavkit import PrototypeLayer, SwAVLoss
 from tests import oracles
 
 FEATURE_DIM = 128
@@ -25,16 +25,22 @@ _MOST_SCORES_IN_FLOAT64 = 2**28  # the reference holds several matrices of this 
 
 @dataclass(frozen=True)
 class Problem:
-    """Features (V, B, 128) in float32, with the settings of the paper. Two views give codes."""
+    """Features (V, B, D) in float32, with the settings of the paper. Two views give codes.
+
+    With a ``teacher``, the codes come from features and prototypes of its own.
+    """
 
     samples: int
     prototypes: int
     views: int = 8
     queue: int = 0
+    feature_dim: int = FEATURE_DIM
+    teacher: bool = False
 
     def __str__(self) -> str:
         text = f"{self.views} views of {self.samples:,}, {self.prototypes:,} prototypes"
-        return text + f", queue of {self.queue:,}" * bool(self.queue)
+        text += f" of {self.feature_dim} features" * (self.feature_dim != FEATURE_DIM)
+        return text + f", queue of {self.queue:,}" * bool(self.queue) + ", teacher" * self.teacher
 
     @property
     def tolerance(self) -> float:
@@ -42,27 +48,35 @@ class Problem:
         return 1e-4
 
     def inputs(self, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
-        """Return features (V, B, 128) and prototypes."""
-        sizes = self.views, self.samples, FEATURE_DIM
+        """Return features (V, B, D) and prototypes."""
+        sizes = self.views, self.samples, self.feature_dim
         return clustered(*sizes, prototypes=self.prototypes, device=device)
 
+    def of_teacher(self, device: torch.device = CPU) -> tuple[Tensor, Tensor] | None:
+        """Return its unit features (2, B, D) and unit prototypes."""
+        if not self.teacher:
+            return None
+        features, directions = replace(self, samples=self.samples + 1).inputs(device)
+        return F.normalize(features[:CODE_VIEWS, 1:], dim=-1), directions
+
     def queued(self, device: torch.device = CPU) -> Tensor | None:
-        """Return the features of a full queue, (2, L, 128)."""
+        """Return the features of a full queue, (2, L, D)."""
         if not self.queue:
             return None
-        sizes = CODE_VIEWS, self.queue, FEATURE_DIM
+        sizes = CODE_VIEWS, self.queue, self.feature_dim
         features, _ = clustered(*sizes, prototypes=self.prototypes, device=device)
         return F.normalize(features, dim=-1)
 
 
 def prepare(problem: Problem, device: torch.device = CPU) -> Calls:
     (features, weight), queued = problem.inputs(device), problem.queued(device)
+    of_teacher = problem.of_teacher(device)
     features.requires_grad_()
     weight = nn.Parameter(weight)
 
     def ours(memory: Literal["auto", "full", "streamed"]) -> Callable[[], tuple[Tensor, ...]]:
         criterion = SwAVLoss(
-            FEATURE_DIM,
+            problem.feature_dim,
             problem.prototypes,
             num_code_views=CODE_VIEWS,
             memory=memory,
@@ -73,14 +87,20 @@ def prepare(problem: Problem, device: torch.device = CPU) -> Calls:
             criterion.queue.push(queued)
             criterion.eval()  # the same queue at every call
 
+        teacher: dict[str, Any] = {}
+        if of_teacher is not None:
+            teacher["code_features"], directions = of_teacher
+            teacher["code_prototypes"] = PrototypeLayer(problem.feature_dim, problem.prototypes)
+            teacher["code_prototypes"].weight = nn.Parameter(directions)
+
         def step() -> tuple[Tensor, ...]:
-            loss = criterion(features)
+            loss = criterion(features, **teacher)
             return loss, *torch.autograd.grad(loss, [features, weight])
 
         return step
 
     def published() -> tuple[Tensor, ...]:
-        loss = published_step(features, weight, CODE_VIEWS, queued)
+        loss = published_step(features, weight, CODE_VIEWS, queued, of_teacher)
         return loss, *torch.autograd.grad(loss, [features, weight])
 
     @torch.no_grad()
@@ -126,7 +146,10 @@ def errors(problem: Problem, calls: Calls, device: torch.device = CPU) -> dict[s
     features, weight = (values.to(dtype).requires_grad_() for values in problem.inputs(device))
     queued = problem.queued(device)
     queued = None if queued is None else queued.to(dtype)
-    loss = published_step(features, weight, CODE_VIEWS, queued)
+    of_teacher = problem.of_teacher(device)
+    if of_teacher is not None:
+        of_teacher = of_teacher[0].to(dtype), of_teacher[1].to(dtype)
+    loss = published_step(features, weight, CODE_VIEWS, queued, of_teacher)
     expected = loss, *torch.autograd.grad(loss, [features, weight])
     return {
         name: max(
@@ -161,6 +184,7 @@ SUITE = Suite(
         Problem(256, 65_536),
         Problem(64, 3000, queue=3840),
         Problem(256, 3000, queue=3840),
+        Problem(32, 131_072, feature_dim=256, teacher=True),
     ),
     quick=Problem(16, 50),
     prepare=prepare,

@@ -38,16 +38,23 @@ def published_loss(scores: Tensor, codes: list[Tensor], temperature: float = 0.1
 
 
 def published_step(
-    features: Tensor, weight: Tensor, code_views: int, queued: Tensor | None = None
+    features: Tensor,
+    weight: Tensor,
+    code_views: int,
+    queued: Tensor | None = None,
+    of_teacher: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return the loss of features (V, B, D) with prototypes (K, D), normalized in place first.
 
-    Codes are computed on the features of the code views and, if given, on ``queued`` (A, L, D).
+    Codes are computed on the features of the code views and, if given, on ``queued`` (A, L, D); or
+    on unit features and prototypes of a teacher.
     """
     with torch.no_grad():
         weight /= weight.norm(dim=-1, keepdim=True)
     scores = F.normalize(features, dim=-1) @ weight.T  # (V, B, K)
     to_code = scores.detach()[:code_views]
+    if of_teacher is not None:
+        to_code = of_teacher[0] @ of_teacher[1].T
     if queued is not None:
         to_code = torch.cat([to_code, queued @ weight.detach().T], dim=1)
     codes = [published_codes(view)[: features.shape[1]] for view in to_code]
