@@ -49,10 +49,10 @@ def prediction_error(
     else:
         logits = mass.new_empty(scores.shape)
     scaled_sum(shift, scores, inverse_temperature, out=logits)  # at most 0, up to rounding
-    logits.clamp_(min=torch.finfo(logits.dtype).min)  # a score of -inf would give 0 · inf
     indices = None if target.is_floating_point() else target.unsqueeze(-1)
     if indices is None:
-        agreement: Tensor = torch.linalg.vecdot(target, logits)
+        # 0 · -inf is 0 here. What else is NaN makes the mass or the largest score NaN.
+        agreement = (target * logits).nansum(dim=-1)
     else:
         agreement = mass * logits.gather(-1, indices).squeeze(-1)
     predictions = torch.softmax(logits, dim=-1, out=logits)

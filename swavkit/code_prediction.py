@@ -47,7 +47,7 @@ def code_prediction_loss(
     Returns:
         A scalar, or (...) for ``"none"``, in float32, or in float64 for float64 scores. A mean over
         no samples, or over weights that are all 0, is exactly 0 and connected to the graph of the
-        scores.
+        scores. A score of -inf excludes a prototype: the error is infinite if its code is above 0.
 
     Raises:
         TypeError: If ``scores`` is no floating tensor, ``codes`` is neither floating nor int64, or

@@ -59,7 +59,8 @@ def swapped_prediction_loss(
 
     Returns:
         The loss, a scalar in float32, or in float64 for float64 scores. It is exactly 0, and
-        connected to the graph of the scores, if the batch is empty or all weights are 0.
+        connected to the graph of the scores, if the batch is empty or all weights are 0. A score of
+        -inf excludes a prototype: the loss is infinite if a code is above 0 there.
 
     Raises:
         TypeError: If ``scores`` or ``codes`` are not floating tensors, or ``sample_weight`` is

@@ -125,7 +125,9 @@ def loss(
             for sample in np.flatnonzero(weight):
                 logits = scores[view, sample] / temperature
                 log_prediction = logits - log_sum_exp(logits)
-                total -= weight[sample] * float(np.sum(codes[own, sample] * log_prediction))
+                code = codes[own, sample]
+                used = code != 0  # 0 · log 0 is 0
+                total -= weight[sample] * float(np.sum(code[used] * log_prediction[used]))
     return total / (weight.sum() * len(codes) * (views - 1))
 
 

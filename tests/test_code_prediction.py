@@ -310,6 +310,24 @@ def test_a_score_of_minus_infinity_forbids_a_prototype(
 
 
 @SOFT_OR_HARD
+@ANY_REDUCTION
+@ANY_DTYPE
+def test_a_code_at_a_score_of_minus_infinity_has_an_infinite_error(
+    device: torch.device, dtype: torch.dtype, reduction: str, hard: bool
+) -> None:
+    scores, codes = tensors(problem_of(2, 3, hard=hard), device, dtype)
+    scores[0, 1, 2] = scores[0, 1, 3] = -math.inf
+    codes[0, 1] = 2 if hard else torch.tensor([0.5, 0, 1e-5, 0, 0])  # as small as codes are
+    loss, gradient = value_and_gradient(scores, codes, reduction=reduction)
+    expected = oracles.code_prediction_loss(
+        in_float64(scores), in_float64(codes), 0.1, reduction=reduction
+    )
+    assert np.isinf(expected).sum() == 1
+    np.testing.assert_allclose(in_float64(loss), expected, rtol=1e-3)
+    assert gradient.isfinite().all()
+
+
+@SOFT_OR_HARD
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_large_scores_do_not_overflow(device: torch.device, dtype: torch.dtype, hard: bool) -> None:
     scores = torch.tensor([[1e4, 0.0], [-1e4, 1e4]], device=device, dtype=dtype)

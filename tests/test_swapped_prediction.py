@@ -334,6 +334,23 @@ def test_a_finite_mask_forbids_prototypes(
     torch.testing.assert_close(gradient[..., masked:], expected[1], rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("code", [0.0, 2.0**-20, 1.0])
+@ANY_DTYPE
+def test_a_code_at_a_score_of_minus_infinity_has_an_infinite_error_and_no_code_has_none(
+    device: torch.device, dtype: torch.dtype, code: float
+) -> None:
+    problem = problem_of()
+    scores = torch.tensor(problem.scores).to(device, dtype)
+    codes = torch.tensor(problem.codes).to(device, dtype)
+    scores[1, 2, 3] = -math.inf
+    codes[0, 2, 3] = code
+    loss, gradient = value_and_gradient(scores, codes)
+    expected = oracles.loss(scores.double().cpu().numpy(), codes.double().cpu().numpy(), 0.1)
+    assert math.isinf(expected) == (code > 0)
+    assert loss.item() == pytest.approx(expected, rel=tolerances.ATOL[loss.dtype])
+    assert gradient.isfinite().all()
+
+
 def test_no_input_changes(device: torch.device) -> None:
     problem = problem_of()
     scores = torch.tensor(problem.scores, device=device)
