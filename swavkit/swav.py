@@ -286,8 +286,9 @@ class SwAVLoss(OwnState):
             return_details: Whether to return ``(loss, details)``.
 
         Returns:
-            The loss, a scalar in float32 (float64 for float64 features). With ``return_details``
-            also the :class:`SwAVDetails`, or a tuple of them for a sequence of heads.
+            The loss, a scalar in float32, or in float64 for float64 features or prototypes. The
+            dtype of a teacher does not change it. With ``return_details`` also the
+            :class:`SwAVDetails`, or a tuple of them for a sequence of heads.
         """
         heads = self._heads()
         self._check_settings()

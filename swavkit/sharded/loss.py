@@ -187,15 +187,16 @@ def sharded_losses(
 
     Args:
         scores: (V, N, k) scores of all samples with the prototypes of this rank; k may be 0.
-        codes: (A, N, k), in the dtype of the arithmetic, float32 or float64.
+        codes: (A, N, k).
         normalized_weight: (N,) weights of the samples in the loss.
         temperature: τ.
         group: The ranks that have the other prototypes.
 
     Returns:
-        (N, 1), in the dtype of the arithmetic.
+        (N, 1), in float32, or in float64 for float64 scores, whatever the dtype of the codes.
     """
     with torch.no_grad(), autocast_disabled(scores.device):
+        codes = codes.to(at_least_float32(scores.dtype))
         logits = scores.to(codes.dtype) / temperature
         largest = max_over_ranks(largest_of_rows(logits), group)
         sums = logits.new_zeros(3, *largest.shape)  # E, ⟨T, S/τ - M⟩ and n

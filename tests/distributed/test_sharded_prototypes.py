@@ -205,6 +205,53 @@ def test_a_teacher_may_be_sharded_too(ranks: Ranks) -> None:
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
 
 
+def losses_with_teachers_of_other_dtypes(
+    rank: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+) -> list[list[Any]]:
+    """Return dtype, value and gradient of the loss in each form; the student's dtype comes first."""
+    results = []
+    for options in ({"memory": "full"}, {"memory": "streamed"}, {"shard_prototypes": True}):
+        criterion = SwAVLoss(FEATURES, K, queue_length=4, **options).to(dtypes[0])
+        teacher = copy.deepcopy(criterion.prototypes).to(dtypes[2])
+        torch.manual_seed(3)
+        rows = torch.randn(K, FEATURES, dtype=torch.float64)
+        for layer in (criterion.prototypes, teacher):
+            layer.load_state_dict({"weight": rows})
+        torch.manual_seed(rank)
+        features = torch.randn(VIEWS, 4, FEATURES).to(dtypes[0]).requires_grad_()
+        theirs = torch.randn(2, 4, FEATURES).to(dtypes[1])
+        for _ in range(2):  # the second with a queue
+            loss = criterion(features, code_features=theirs, code_prototypes=teacher)
+        (gradient,) = torch.autograd.grad(loss, features)
+        results.append([str(loss.dtype), loss.item(), gradient.double().numpy()])
+    return results
+
+
+DTYPES_OF_TEACHERS = [
+    (torch.float32, torch.float64, torch.float32),
+    (torch.float32, torch.float32, torch.float64),
+    (torch.float32, torch.float64, torch.float64),
+    (torch.float64, torch.float32, torch.float32),
+    (torch.bfloat16, torch.float64, torch.float64),
+    (torch.float64, torch.bfloat16, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES_OF_TEACHERS, ids=str)
+def test_the_dtype_of_a_teacher_changes_that_of_no_loss(
+    ranks: Ranks, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+) -> None:
+    student = dtypes[0]
+    expected_dtype = str(torch.promote_types(student, torch.float32))
+    # The teacher's precision is that of the codes.
+    atol = 0.05 if torch.bfloat16 in dtypes else 1e-4
+    for found in ranks.run(losses_with_teachers_of_other_dtypes, [dtypes] * 3):
+        assert [dtype for dtype, *_ in found] == [expected_dtype] * 3
+        for _, loss, gradient in found[1:]:
+            np.testing.assert_allclose(loss, found[0][1], rtol=0, atol=atol)
+            np.testing.assert_allclose(gradient, found[0][2], rtol=0, atol=atol)
+
+
 def whole_teacher(rank: int) -> None:
     _, criterion = criteria()
     with pytest.raises(ValueError, match="code_prototypes must be sharded like the prototypes"):
