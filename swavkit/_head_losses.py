@@ -293,6 +293,10 @@ def _fused(
                 head.code_prototypes._factors(batch.code_features, None) for head in heads
             ]
     features, _ = (code_factors or factors)[0]
+    settings = sinkhorn._settings()
+    temperature = _checks.positive_setting("temperature", loss.temperature)
+    _checks.known_setting("epsilon", settings.epsilon, features.device)
+    _checks.known_setting("temperature", temperature, features.device)
     group = sinkhorn._participants()
     priors = [head.prototype_weight for head in heads]
     sinkhorn._compare(
@@ -311,8 +315,8 @@ def _fused(
         code_weight=batch.code_weight(),
         sample_weight=batch.sample_weight,
         prototype_weights=priors,
-        temperature=_checks.positive_setting("temperature", loss.temperature),
-        settings=sinkhorn._settings(),
+        temperature=temperature,
+        settings=settings,
         group=group,
         most_bytes_of_kernels=most_bytes_of_kernels,
     )

@@ -376,6 +376,17 @@ def test_a_prior_follows_parameters_that_were_moved_without_it() -> None:
     assert criterion(torch.empty(3, 8, DIMENSION, device="meta")).device.type == "meta"
 
 
+@ANY_SIZES
+@ANY_MEMORY
+def test_a_call_on_meta_loses_no_prior(memory: str, sizes: Any) -> None:
+    criterion = criterion_of(sizes, memory=memory, prototype_weight=prior_of(sizes))
+    state = copy.deepcopy(criterion.state_dict())
+    expected = criterion(features := features_of())
+    criterion.to("meta")(features.to("meta"))
+    criterion.to_empty(device="cpu").load_state_dict(state)
+    assert_close(criterion(features), expected)
+
+
 @pytest.mark.parametrize("of_codes", [{}, {"hard": True}, {"relaxation": 0.1}], ids=str)
 @ANY_QUEUE
 @ANY_MEMORY
@@ -452,6 +463,17 @@ BAD_SETTINGS: list[tuple[Any, dict[str, Any], str]] = [
             [PRIOR],
             [None],
             1.0,
+            torch.zeros(PROTOTYPES),
+            torch.zeros(PROTOTYPES, dtype=torch.bool),
+            -PRIOR,
+            PRIOR.log() / 0,
+            PRIOR / 0,
+            PRIOR.to("meta"),
+            PRIOR.to(torch.float8_e5m2),
+            PRIOR.clone().requires_grad_(),
+            nn.Parameter(PRIOR),
+            nn.Parameter(PRIOR, requires_grad=False),
+            nn.Buffer(PRIOR),
         )
     ),
     *(
@@ -465,6 +487,9 @@ BAD_SETTINGS: list[tuple[Any, dict[str, Any], str]] = [
             [PRIOR, PRIOR],
             [PRIOR, OTHER_PRIOR.long()],
             [PRIOR, [1.0, 1.0, 1.0]],
+            [PRIOR, 0 * OTHER_PRIOR],
+            [PRIOR, nn.Parameter(OTHER_PRIOR, requires_grad=False)],
+            [PRIOR, OTHER_PRIOR.to("meta")],
             [],
             1.0,
         )
@@ -480,6 +505,30 @@ def test_a_bad_setting_is_named_at_construction(
 ) -> None:
     with pytest.raises((TypeError, ValueError), match=rf"^{name}\b.* must "):
         SwAVLoss(DIMENSION, sizes, **settings)
+
+
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        (0 * OTHER_PRIOR, "have a positive sum, got 0.0"),
+        (OTHER_PRIOR - 2, "be finite and at least 0, got -1.0"),
+        (OTHER_PRIOR * math.inf, "be finite and at least 0, got inf"),
+    ],
+)
+def test_the_values_of_a_prior_are_checked_at_construction(bad: Tensor, text: str) -> None:
+    with pytest.raises(ValueError, match=rf"^prototype_weight\[1\] must {text}$"):
+        SwAVLoss(DIMENSION, SIZES, prototype_weight=[PRIOR, bad])
+
+
+@ANY_MEMORY
+def test_a_prior_changed_to_nonsense_is_refused(memory: str) -> None:
+    for bad in (PRIOR.to("meta"), nn.Parameter(PRIOR, requires_grad=False)):
+        criterion = SwAVLoss(DIMENSION, PROTOTYPES, memory=memory, queue_length=10)
+        criterion.prototype_weight = bad
+        before = snapshot(criterion)
+        with pytest.raises((TypeError, ValueError), match=r"^prototype_weight must "):
+            criterion(features_of(dtype=torch.float32))
+        assert same(snapshot(criterion), before)
 
 
 @ANY_MEMORY
