@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from swavkit.distributed.collectives import rank_and_size, sum_over_ranks
 from swavkit.fused.loss import fused_losses
 from swavkit.prototypes import PrototypeLayer, unit_rows
 from swavkit.sinkhorn import SinkhornKnopp
+from swavkit.sinkhorn.functional import Problem, solve
 from swavkit.sinkhorn.marginals import marginal_error
 from swavkit.swapped_prediction import SwappedPredictionLoss
 
@@ -95,11 +96,24 @@ class SwAVDetails(_CodesAndScores):
         codes: (A, B, K) targets of the views, float32 (float64 for float64 scores).
         scores: (V, B, K) cosines of features and prototypes.
         marginal_error: (A,) :func:`~swavkit.marginal_error` of the codes of current and queued
-            samples, over all ranks, if a ``tolerance`` is set; else ``None``. It is above the
-            tolerance if that was not reached. All ranks must then request details.
+            samples, over all ranks, if a ``tolerance`` is set; else ``None``. It is that of the
+            codes before ``hard`` or ``dtype`` rounds them, in float32 or better, and above the
+            tolerance if that was not reached. All ranks must then request details. It is an
+            attribute but no field, so that the tuple unpacks to codes and scores. Copies, pickles
+            and ``_replace`` keep it. What makes a new tuple of the fields loses it, such as
+            ``torch.utils._pytree``, and with that DDP with ``find_unused_parameters`` or
+            ``static_graph``; a forward hook on the criterion inside still gets it.
     """
 
     marginal_error: Tensor | None = None  # no field: the tuple has two
+
+    def _replace(self, /, **fields: Any) -> SwAVDetails:
+        """Return a copy with other fields."""
+        replaced = super()._replace(**fields)
+        replaced.marginal_error = self.marginal_error
+        return replaced
+
+    __replace__ = _replace  # of copy.replace, since Python 3.13
 
 
 class HeadLoss(NamedTuple):
@@ -232,10 +246,7 @@ def _parts_called(
             ]
         errors: list[Tensor | None] = [None] * len(heads)
         if details and isinstance(sinkhorn, SinkhornKnopp) and sinkhorn.tolerance is not None:
-            errors = [
-                _marginal_error(code, weight, prior, sinkhorn)
-                for code, prior in zip(codes, priors, strict=True)
-            ]
+            errors = list(_marginal_errors(to_code, codes, weight, priors, sinkhorn))
         samples = batch.features.shape[1]
         if batch.queued is not None:  # not a view, which would keep those of the queue
             codes = [code[:, :samples].clone() for code in codes]
@@ -264,17 +275,28 @@ def _scores_to_code(batch: Batch, head: Head, scores: Tensor) -> Tensor:
     return torch.cat([current, head.code_prototypes(batch.queued).to(current.dtype)], dim=1)
 
 
-def _marginal_error(
-    codes: Tensor, weight: Tensor | None, prior: Tensor | None, sinkhorn: SinkhornKnopp
-) -> Tensor:
-    group = sinkhorn._participants()
-    return marginal_error(
-        codes,
-        sample_weight=weight,
-        prototype_weight=prior,
-        process_group=group,
-        synchronize=group is not None,
-    )
+def _marginal_errors(
+    scores: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    weight: Tensor | None,
+    priors: Sequence[Tensor | None],
+    sinkhorn: SinkhornKnopp,
+) -> Iterator[Tensor]:
+    """Yield the error of each head's ``codes``, or of the codes of ``scores`` before rounding."""
+    settings, group = sinkhorn._settings(), sinkhorn._participants()
+    if settings.hard or settings.dtype is not None:  # the iterations once more, without rounding
+        problems = [
+            Problem(each, weight, prior) for each, prior in zip(scores, priors, strict=True)
+        ]
+        codes = solve(problems, settings._replace(hard=False, dtype=None, validate=False), group)
+    for code, prior in zip(codes, priors, strict=True):
+        yield marginal_error(
+            code,
+            sample_weight=weight,
+            prototype_weight=prior,
+            process_group=group,
+            synchronize=group is not None,
+        )
 
 
 def _fused(

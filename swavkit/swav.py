@@ -288,8 +288,8 @@ class SwAVLoss(OwnState):
             return_details: Whether to return ``(loss, details)``.
 
         Returns:
-            The loss, a scalar in float32 (float64 for float64 features or prototypes; a teacher's do
-            not count). With ``return_details`` also the :class:`SwAVDetails`, or a tuple of them.
+            The loss, a scalar in float32 (float64 for float64 features or prototypes, other than a
+            teacher's). With ``return_details`` also the :class:`SwAVDetails`, or a tuple of them.
         """
         heads = self._heads()
         self._check_settings()

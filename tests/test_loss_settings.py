@@ -282,6 +282,60 @@ def test_the_marginal_error_is_that_of_a_teacher_and_of_float32() -> None:
     assert_close(details.marginal_error, marginal_error(details.codes), 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("prior", [False, True])
+@ANY_QUEUE
+@ANY_SIZES
+def test_the_marginal_error_is_that_of_codes_before_they_are_rounded(
+    sizes: Any, queue_length: int, prior: bool, hard: bool, dtype: torch.dtype | None
+) -> None:
+    settings: dict[str, Any] = {
+        "queue_length": queue_length,
+        "prototype_weight": prior_of(sizes) if prior else None,
+        "epsilon": 0.5,
+        "iterations": 100,
+        "tolerance": 1e-6,
+    }
+    criterion, exact = criterion_of(sizes, hard=hard, **settings), criterion_of(sizes, **settings)
+    exact.load_state_dict(criterion.state_dict())
+    criterion.sinkhorn.dtype = dtype
+    for _ in range(2):
+        features = features_of()
+        weight = torch.tensor([1, 0, 2, 1, 1, 0.5, 1, 1])
+        results = [
+            each(features, sample_weight=weight, return_details=True)[1]
+            for each in (criterion, exact)
+        ]
+        for found, expected in [results] if isinstance(sizes, int) else zip(*results, strict=True):
+            assert found.codes.dtype == (dtype or torch.float64)
+            assert not hard or ((found.codes == 0) | (found.codes == 1)).all()
+            assert found.marginal_error.dtype == torch.float64
+            assert torch.equal(found.marginal_error, expected.marginal_error)
+            assert (found.marginal_error <= 1.01e-6).all()
+
+
+def test_copies_of_details_keep_the_marginal_error() -> None:
+    criterion = criterion_of(tolerance=0.2, iterations=40)
+    _, details = criterion(features_of(), return_details=True)
+    others = [
+        details._replace(codes=details.codes.half()),
+        getattr(copy, "replace", lambda each, **fields: each._replace(**fields))(details, codes=0),
+        copy.copy(details),
+        copy.deepcopy(details),
+        pickle.loads(pickle.dumps(details)),
+    ]
+    for other in others:
+        assert type(other) is type(details)
+        assert torch.equal(other.marginal_error, details.marginal_error)
+        assert torch.equal(other.scores, details.scores)
+        assert len(other) == 2
+    assert others[0].codes.dtype == torch.float16
+    assert others[1].codes == 0
+    with pytest.raises((TypeError, ValueError), match="unexpected field names"):
+        details._replace(errors=None)
+
+
 @pytest.mark.parametrize("of_codes", [{}, {"relaxation": 0.1}, {"hard": True}], ids=str)
 @ANY_SIZES
 def test_there_is_no_marginal_error_without_a_tolerance(

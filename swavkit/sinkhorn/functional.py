@@ -135,10 +135,10 @@ def sinkhorn_knopp(
         relaxation: The strength ρ > 0 of the constraint on the prototypes' masses. A deviation
             costs ρ times the Kullback-Leibler divergence. Infinity is the strict constraint;
             towards 0 the codes become softmax(S/ε).
-        tolerance: Stop when :func:`~swavkit.marginal_error` of all problems is at most this. Reads
-            a value on the host after each iteration, which makes an accelerator wait and cannot be
-            compiled. Cannot be combined with a finite ``relaxation``, which does not converge to an
-            error of 0.
+        tolerance: Stop when :func:`~swavkit.marginal_error` of all problems is at most this, before
+            ``hard`` or ``dtype`` rounds the codes. Reads a value on the host after each iteration,
+            which makes an accelerator wait and cannot be compiled. Cannot be combined with a finite
+            ``relaxation``, which does not converge to an error of 0.
         hard: Whether to round each code to its largest entry. Ties are decided before codes are
             rounded to ``dtype``.
         validate: Whether to check the values of scores and weights, and raise on all ranks if any

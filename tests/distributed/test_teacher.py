@@ -147,7 +147,13 @@ def test_a_teacher_on_two_ranks_is_that_of_one(
 
 @pytest.mark.parametrize(
     "of_codes",
-    [{}, {"hard": True}, {"relaxation": 0.1}, {"tolerance": 0.1, "iterations": 30}],
+    [
+        {},
+        {"hard": True},
+        {"relaxation": 0.1},
+        {"tolerance": 0.1, "iterations": 30},
+        {"tolerance": 0.1, "iterations": 30, "hard": True},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("memory", ["full", "streamed"])
