@@ -8,7 +8,9 @@ numbers, shapes, dtypes and devices, never tensor values, so none synchronizes w
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -303,6 +305,14 @@ def refuse_scripting(module: object) -> NoReturn:
     )
 
 
+def callers_stacklevel() -> int:
+    """Return the ``stacklevel`` of a warning that is to name a line outside torch and swavkit."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and _package(frame) in ("torch", "swavkit"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def is_plainly(part: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether a submodule is a plain ``kind``: no subclass, hooks or own ``forward``."""
     hooks = (
@@ -362,6 +372,12 @@ def views(
             )
         same_device(item, member, members[0])
     return members
+
+
+def _package(frame: FrameType) -> str:
+    """Return the name of the package in whose code a frame is."""
+    module: str = frame.f_globals.get("__name__", "")
+    return module.partition(".")[0]
 
 
 def _number(name: str, value: Any) -> float:

@@ -178,7 +178,7 @@ class SinkhornKnopp(nn.Module):
                 "codes in eval() are those of the samples of this rank alone, in a job of several "
                 "ranks; expected synchronize='always' for a teacher, with a call on all ranks, or "
                 "synchronize=False for local codes",
-                stacklevel=3,
+                stacklevel=_checks.callers_stacklevel(),
             )
         return group
 
