@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from swavkit import _checks
 from swavkit._checks import is_plainly
 from swavkit._tensors import at_least_float32, autocast_disabled, product_dtype
-from swavkit.distributed.collectives import rank_and_size, sum_over_ranks
+from swavkit.distributed.collectives import is_sharded, rank_and_size, sum_over_ranks
 from swavkit.fused.loss import fused_losses
 from swavkit.prototypes import PrototypeLayer, unit_rows
 from swavkit.sinkhorn import SinkhornKnopp
@@ -193,6 +193,12 @@ def checked_code_heads(
                 f"rank, got {layer._held}"
             )
         _checks.same_device(name, layer.weight, head.weight)
+        if is_sharded(layer._rows()) and is_plainly(layer, PrototypeLayer):  # else hooks gather it
+            raise RuntimeError(
+                f"{name} must have its whole weight on each rank, got one in shards, as FSDP2 "
+                f"keeps it; expected a call on all ranks between unshard() and reshard() of the module "
+                f"that was given to fully_shard, or fully_shard of the PrototypeLayer itself"
+            )
     return given
 
 
