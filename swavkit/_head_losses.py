@@ -196,8 +196,8 @@ def checked_code_heads(
         if is_sharded(layer._rows()) and is_plainly(layer, PrototypeLayer):  # else hooks gather it
             raise RuntimeError(
                 f"{name} must have its whole weight on each rank, got one in shards, as FSDP2 "
-                f"keeps it; expected a call on all ranks between unshard() and reshard() of the module "
-                f"that was given to fully_shard, or fully_shard of the PrototypeLayer itself"
+                f"keeps it; expected a call on all ranks between unshard() and reshard() of the "
+                f"module that was given to fully_shard, or fully_shard of the PrototypeLayer itself"
             )
     return given
 

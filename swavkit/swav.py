@@ -103,8 +103,8 @@ class SwAVLoss(OwnState):
             the second step on at the earliest, codes are computed on current and queued features.
         freeze_steps: The number of training steps in which the prototypes get a gradient of zeros.
             Weight decay may rescale them in these steps, which changes no score. Adam's coupled
-            decay can turn them, and so can SGD with momentum and a decay of several per cent a
-            step.
+            decay turns them, and that of SGD with a momentum of 0.9 reverses them if the learning
+            rate times ``weight_decay`` is above 0.0026.
         memory: ``"full"`` calls the parts, which holds the scores of all views. ``"streamed"``
             computes block by block and holds none. ``"auto"`` calls the parts for up to 2^21
             scores without a queue. Otherwise it computes block by block, and keeps the kernels of
