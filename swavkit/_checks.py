@@ -8,7 +8,9 @@ numbers, shapes, dtypes and devices, never tensor values, so none synchronizes w
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -16,6 +18,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 Kind = TypeVar("Kind")
+
+# Narrower ones, such as float8, have no arithmetic in torch.
+FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def finite_float(name: str, value: Any) -> float:
@@ -46,11 +51,17 @@ def positive_setting(name: str, value: Any) -> float | Tensor:
         raise ValueError(
             f"{name} must be 0-dimensional as a tensor, got shape {tuple(value.shape)}"
         )
-    if value.requires_grad:
-        raise ValueError(
-            f"{name} must not require a gradient, which it would not get, got one that does"
-        )
+    _constant(name, value)
     return value
+
+
+def known_setting(name: str, value: float | Tensor, device: torch.device) -> None:
+    """Check that a setting has values that can be moved to ``device``."""
+    if isinstance(value, Tensor) and value.is_meta and device.type != "meta":
+        raise ValueError(
+            f"{name} must have values, got a tensor on the meta device; expected one made with "
+            f"device='cpu', which is moved to the device of a call"
+        )
 
 
 def non_negative_float(name: str, value: Any) -> float:
@@ -133,17 +144,17 @@ def tensor(name: str, value: Any) -> Tensor:
 
 
 def floating_tensor(name: str, value: Any) -> Tensor:
-    """Return ``value`` if it is a tensor with a real floating-point dtype."""
+    """Return ``value`` if it is a tensor of one of ``FLOATING_DTYPES``."""
     floating = tensor(name, value)
-    if not floating.is_floating_point():
-        raise TypeError(f"{name} must have a floating-point dtype, got {floating.dtype}")
+    if floating.dtype not in FLOATING_DTYPES:
+        raise TypeError(f"{name} must have a floating-point dtype{_got(floating.dtype)}")
     return floating
 
 
 def floating_dtype(name: str, value: Any) -> None:
-    """Check that ``value`` is a real floating-point dtype."""
-    if not isinstance(value, torch.dtype) or not value.is_floating_point:
-        raise TypeError(f"{name} must be a floating-point torch.dtype, got {value!r}")
+    """Check that ``value`` is one of ``FLOATING_DTYPES``."""
+    if not isinstance(value, torch.dtype) or value not in FLOATING_DTYPES:
+        raise TypeError(f"{name} must be a floating-point torch.dtype{_got(value)}")
 
 
 def min_dimensions(name: str, value: Tensor, least: int, shape: str) -> None:
@@ -195,8 +206,8 @@ def weights(
 def weight(name: str, value: Any, shapes: Sequence[tuple[int, ...]], like: Tensor) -> None:
     """Check a bool or floating-point tensor of one of ``shapes`` on the device of ``like``."""
     tensor(name, value)
-    if not (value.is_floating_point() or value.dtype == torch.bool):
-        raise TypeError(f"{name} must have a bool or floating-point dtype, got {value.dtype}")
+    if value.dtype not in (*FLOATING_DTYPES, torch.bool):
+        raise TypeError(f"{name} must have a bool or floating-point dtype{_got(value.dtype)}")
     if not any(same_shape(value.shape, shape) for shape in shapes):
         listed = " or ".join(dict.fromkeys(str(tuple(shape)) for shape in shapes))
         raise ValueError(f"{name} must have shape {listed}, got {tuple(value.shape)}")
@@ -219,7 +230,9 @@ def one_for_each(name: str, value: Any, count: int, meaning: str) -> list[Any]:
     return list(value)
 
 
-def prototype_weights(value: Any, sizes: Sequence[int], several: bool) -> list[Tensor | None]:
+def prototype_weights(
+    value: Any, sizes: Sequence[int], several: bool, device: torch.device
+) -> list[Tensor | None]:
     """Return relative masses of prototypes for each head of ``sizes``, or ``None``.
 
     ``several`` tells whether ``value`` is a sequence, with an entry or ``None`` for each head.
@@ -229,12 +242,10 @@ def prototype_weights(value: Any, sizes: Sequence[int], several: bool) -> list[T
         given = one_for_each("prototype_weight", value, len(sizes), f"{len(sizes)} heads")
     for index, (each, size) in enumerate(zip(given, sizes, strict=True)):
         if each is not None:
-            weight(
-                f"prototype_weight[{index}]" if several else "prototype_weight",
-                each,
-                ((size,),),
-                each,
-            )
+            name = f"prototype_weight[{index}]" if several else "prototype_weight"
+            weight(name, each, ((size,),), each)
+            _constant(name, each)
+            known_setting(name, each, device)
     return given
 
 
@@ -292,6 +303,14 @@ def refuse_scripting(module: object) -> NoReturn:
     raise RuntimeError(
         f"{type(module).__name__} cannot be compiled by torch.jit.script; expected torch.compile"
     )
+
+
+def callers_stacklevel() -> int:
+    """Return the ``stacklevel`` of a warning that is to name a line outside torch and swavkit."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and _package(frame) in ("torch", "swavkit"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def is_plainly(part: nn.Module, kind: type[nn.Module]) -> bool:
@@ -355,12 +374,39 @@ def views(
     return members
 
 
+def _package(frame: FrameType) -> str:
+    """Return the name of the package in whose code a frame is."""
+    module: str = frame.f_globals.get("__name__", "")
+    return module.partition(".")[0]
+
+
 def _number(name: str, value: Any) -> float:
     if isinstance(value, float):  # or a symbolic float, which does not support float()
         return value
     if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     return float(value)
+
+
+def _constant(name: str, value: Tensor) -> None:
+    """Check that a setting is nothing that a module would register and an optimizer change."""
+    if value.requires_grad:
+        raise ValueError(
+            f"{name} must not require a gradient, which it would not get, got one that does"
+        )
+    if isinstance(value, (nn.Parameter, nn.Buffer)):
+        kind = "Parameter" if isinstance(value, nn.Parameter) else "Buffer"
+        raise TypeError(
+            f"{name} must be a plain torch.Tensor, which is in no state dict, got a {kind}; "
+            f"expected its detach()"
+        )
+
+
+def _got(dtype: object) -> str:
+    """Return the end of a message about a dtype that is none of ``FLOATING_DTYPES``."""
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return f" of 16 to 64 bits, got {dtype}"
+    return f", got {dtype!r}"
 
 
 def _int_from(name: str, value: Any, least: int) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from swavkit import _checks
 from swavkit._checks import is_plainly
 from swavkit._tensors import at_least_float32, autocast_disabled, on_cpu, product_dtype
-from swavkit.distributed.collectives import rank_and_size, sum_over_ranks
+from swavkit.distributed.collectives import is_sharded, rank_and_size, sum_over_ranks
 from swavkit.fused.loss import fused_losses
 from swavkit.prototypes import PrototypeLayer, unit_rows
 from swavkit.sinkhorn import SinkhornKnopp
+from swavkit.sinkhorn.functional import Problem, solve
 from swavkit.sinkhorn.marginals import marginal_error
 from swavkit.swapped_prediction import SwappedPredictionLoss
 
@@ -95,11 +96,24 @@ class SwAVDetails(_CodesAndScores):
         codes: (A, B, K) targets of the views, float32 (float64 for float64 scores).
         scores: (V, B, K) cosines of features and prototypes.
         marginal_error: (A,) :func:`~swavkit.marginal_error` of the codes of current and queued
-            samples, over all ranks, if a ``tolerance`` is set; else ``None``. It is above the
-            tolerance if that was not reached. All ranks must then request details.
+            samples, over all ranks, if a ``tolerance`` is set; else ``None``. It is that of the
+            codes before ``hard`` or ``dtype`` rounds them, in float32 or better, and above the
+            tolerance if that was not reached. All ranks must then request details. It is an
+            attribute but no field, so that the tuple unpacks to codes and scores. Copies, pickles
+            and ``_replace`` keep it. What makes a new tuple of the fields loses it, such as
+            ``torch.utils._pytree``, and with that DDP with ``find_unused_parameters`` or
+            ``static_graph``; a forward hook on the criterion inside still gets it.
     """
 
     marginal_error: Tensor | None = None  # no field: the tuple has two
+
+    def _replace(self, /, **fields: Any) -> SwAVDetails:
+        """Return a copy with other fields."""
+        replaced = super()._replace(**fields)
+        replaced.marginal_error = self.marginal_error
+        return replaced
+
+    __replace__ = _replace  # of copy.replace, since Python 3.13
 
 
 class HeadLoss(NamedTuple):
@@ -179,6 +193,12 @@ def checked_code_heads(
                 f"rank, got {layer._held}"
             )
         _checks.same_device(name, layer.weight, head.weight)
+        if is_sharded(layer._rows()) and is_plainly(layer, PrototypeLayer):  # else hooks gather it
+            raise RuntimeError(
+                f"{name} must have its whole weight on each rank, got one in shards, as FSDP2 "
+                f"keeps it; expected a call on all ranks between unshard() and reshard() of the "
+                f"module that was given to fully_shard, or fully_shard of the PrototypeLayer itself"
+            )
     return given
 
 
@@ -232,10 +252,7 @@ def _parts_called(
             ]
         errors: list[Tensor | None] = [None] * len(heads)
         if details and isinstance(sinkhorn, SinkhornKnopp) and sinkhorn.tolerance is not None:
-            errors = [
-                _marginal_error(code, weight, prior, sinkhorn)
-                for code, prior in zip(codes, priors, strict=True)
-            ]
+            errors = list(_marginal_errors(to_code, codes, weight, priors, sinkhorn))
         samples = batch.features.shape[1]
         if batch.queued is not None:  # not a view, which would keep those of the queue
             codes = [code[:, :samples].clone() for code in codes]
@@ -264,17 +281,28 @@ def _scores_to_code(batch: Batch, head: Head, scores: Tensor) -> Tensor:
     return torch.cat([current, head.code_prototypes(batch.queued).to(current.dtype)], dim=1)
 
 
-def _marginal_error(
-    codes: Tensor, weight: Tensor | None, prior: Tensor | None, sinkhorn: SinkhornKnopp
-) -> Tensor:
-    group = sinkhorn._participants()
-    return marginal_error(
-        codes,
-        sample_weight=weight,
-        prototype_weight=prior,
-        process_group=group,
-        synchronize=group is not None,
-    )
+def _marginal_errors(
+    scores: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    weight: Tensor | None,
+    priors: Sequence[Tensor | None],
+    sinkhorn: SinkhornKnopp,
+) -> Iterator[Tensor]:
+    """Yield the error of each head's ``codes``, or of the codes of ``scores`` before rounding."""
+    settings, group = sinkhorn._settings(), sinkhorn._participants()
+    if settings.hard or settings.dtype is not None:  # the iterations once more, without rounding
+        problems = [
+            Problem(each, weight, prior) for each, prior in zip(scores, priors, strict=True)
+        ]
+        codes = solve(problems, settings._replace(hard=False, dtype=None, validate=False), group)
+    for code, prior in zip(codes, priors, strict=True):
+        yield marginal_error(
+            code,
+            sample_weight=weight,
+            prototype_weight=prior,
+            process_group=group,
+            synchronize=group is not None,
+        )
 
 
 def _fused(
@@ -293,6 +321,10 @@ def _fused(
                 head.code_prototypes._factors(batch.code_features, None) for head in heads
             ]
     features, _ = (code_factors or factors)[0]
+    settings = sinkhorn._settings()
+    temperature = _checks.positive_setting("temperature", loss.temperature)
+    _checks.known_setting("epsilon", settings.epsilon, features.device)
+    _checks.known_setting("temperature", temperature, features.device)
     group = sinkhorn._participants()
     priors = [head.prototype_weight for head in heads]
     sinkhorn._compare(
@@ -311,8 +343,8 @@ def _fused(
         code_weight=batch.code_weight(),
         sample_weight=batch.sample_weight,
         prototype_weights=priors,
-        temperature=_checks.positive_setting("temperature", loss.temperature),
-        settings=sinkhorn._settings(),
+        temperature=temperature,
+        settings=settings,
         group=group,
         most_bytes_of_kernels=most_bytes_of_kernels,
     )

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from swavkit import _checks
+
 Module = TypeVar("Module", bound="OwnState")
 
 
@@ -95,6 +97,6 @@ class OwnState(nn.Module):
                 warnings.warn(
                     f"{own[name]} is on the meta device, where nothing can be loaded; expected "
                     f"assign=True, or to_empty() before",
-                    stacklevel=2,
+                    stacklevel=_checks.callers_stacklevel(),
                 )
             held.copy_(value)

@@ -74,6 +74,7 @@ def code_prediction_loss(
     temperature = _checks.positive_setting("temperature", temperature)
     _checks.choice("reduction", reduction, ("mean", "sum", "none"))
     _check(scores, codes, sample_weight)
+    _checks.known_setting("temperature", temperature, scores.device)
     differentiable = torch.is_grad_enabled() and scores.requires_grad
     residual = empty(scores.shape, scores.dtype, scores) if differentiable else None
     with torch.no_grad(), autocast_disabled(scores.device):
@@ -192,9 +193,10 @@ def _check(scores: Tensor, codes: Tensor, sample_weight: Tensor | None) -> None:
     _checks.min_dimensions("scores", scores, 1, "(..., prototypes)")
     _checks.no_empty_last_dimension("scores", scores, "prototypes")
     _checks.tensor("codes", codes)
-    if not codes.is_floating_point() and codes.dtype != torch.int64:
+    if codes.dtype not in (*_checks.FLOATING_DTYPES, torch.int64):
         raise TypeError(
-            f"codes must have a floating-point dtype, or be int64 indices, got {codes.dtype}"
+            f"codes must have a floating-point dtype of 16 to 64 bits, or be int64 indices, "
+            f"got {codes.dtype}"
         )
     expected = scores.shape if codes.is_floating_point() else scores.shape[:-1]
     if not _checks.same_shape(codes.shape, expected):

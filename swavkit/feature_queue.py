@@ -15,7 +15,6 @@ from swavkit._tensors import autocast_disabled
 __all__ = ["FeatureQueue"]
 
 _ADDED_IN_VERSION_2 = ("written", "pushes")
-_STORAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class FeatureQueue(OwnState):
@@ -88,7 +87,7 @@ class FeatureQueue(OwnState):
         self.length = _checks.positive_int("length", length)
         self.feature_dim = _checks.positive_int("feature_dim", feature_dim)
         self.num_views = _checks.positive_int("num_views", num_views)
-        _checks.choice("dtype", dtype, (None, *_STORAGE_DTYPES))
+        _checks.choice("dtype", dtype, (None, *_checks.FLOATING_DTYPES))
         self.features = torch.zeros(self.num_views, self.length, self.feature_dim, dtype=dtype)
         self.valid = torch.zeros(self.length, dtype=torch.bool)
         self.position = torch.zeros((), dtype=torch.int64)

@@ -90,6 +90,7 @@ def swapped_prediction_loss(
     _checks.untransformed("scores", score_views[0])
     code_views = _checks.views("codes", codes, "prototypes", least=1)
     _check_pairing(score_views, code_views)
+    _checks.known_setting("temperature", temperature, score_views[0].device)
     samples = score_views[0].shape[:1]
     if sample_weight is not None:
         _checks.weight("sample_weight", sample_weight, (samples,), score_views[0])

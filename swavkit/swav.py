@@ -36,6 +36,7 @@ from swavkit.sharded.prototypes import (
     layer_class,
     sharded_head_losses,
 )
+from swavkit.sinkhorn.marginals import refuse_bad_priors
 from swavkit.sinkhorn.module import SinkhornKnopp
 from swavkit.swapped_prediction import SwappedPredictionLoss
 
@@ -102,8 +103,8 @@ class SwAVLoss(OwnState):
             the second step on at the earliest, codes are computed on current and queued features.
         freeze_steps: The number of training steps in which the prototypes get a gradient of zeros.
             Weight decay may rescale them in these steps, which changes no score. Adam's coupled
-            decay can turn them, and so can SGD with momentum and a decay of several per cent a
-            step.
+            decay turns them, and that of SGD with a momentum of 0.9 reverses them if the learning
+            rate times ``weight_decay`` is above 0.0026.
         memory: ``"full"`` calls the parts, which holds the scores of all views. ``"streamed"``
             computes block by block and holds none. ``"auto"`` calls the parts for up to 2^21
             scores without a queue. Otherwise it computes block by block, and keeps the kernels of
@@ -127,8 +128,9 @@ class SwAVLoss(OwnState):
         tolerance: Stop iterations when the marginal error is at most this; reads a value on the
             host. :attr:`SwAVDetails.marginal_error` is the error that was reached.
         prototype_weight: (K,) relative masses of the prototypes, such as a
-            :func:`power_law_prior`; equal masses if ``None``. For a sequence of heads, a sequence
-            with an entry or ``None`` for each. It is a setting, and not in the state dict.
+            :func:`power_law_prior`, at least 0 and not all 0; equal masses if ``None``. For a
+            sequence of heads, a sequence with an entry or ``None`` for each. It is not in the state
+            dict. Bad values make the loss NaN if they are set after construction.
 
     Attributes:
         prototypes: The :class:`PrototypeLayer`; for a sequence of numbers, of length 1 too, a
@@ -206,7 +208,7 @@ class SwAVLoss(OwnState):
             prototypes = layer(feature_dim, num_prototypes, gradient=prototype_gradient)
         self.prototypes: _Prototypes = prototypes
         self.prototype_weight = prototype_weight
-        self._priors(torch.device("cpu"))
+        refuse_bad_priors(self._priors(torch.device("cpu")), isinstance(prototypes, nn.ModuleList))
         self.sinkhorn = SinkhornKnopp(
             epsilon,
             iterations,
@@ -286,9 +288,8 @@ class SwAVLoss(OwnState):
             return_details: Whether to return ``(loss, details)``.
 
         Returns:
-            The loss, a scalar in float32, or in float64 for float64 features or prototypes. The
-            dtype of a teacher does not change it. With ``return_details`` also the
-            :class:`SwAVDetails`, or a tuple of them for a sequence of heads.
+            The loss, a scalar in float32 (float64 for float64 features or prototypes, other than a
+            teacher's). With ``return_details`` also the :class:`SwAVDetails`, or a tuple of them.
         """
         heads = self._heads()
         self._check_settings()
@@ -393,11 +394,12 @@ class SwAVLoss(OwnState):
         """Return the relative masses of the prototypes of each head, moved to ``device`` once."""
         several = isinstance(self.prototypes, nn.ModuleList)
         priors = _checks.prototype_weights(
-            self.prototype_weight, [head.num_prototypes for head in self._heads()], several
+            self.prototype_weight, [head.num_prototypes for head in self._heads()], several, device
         )
         if any(prior is not None and prior.device != device for prior in priors):
             priors = [None if prior is None else prior.to(device) for prior in priors]
-            self.prototype_weight = priors if several else priors[0]
+            if device.type != "meta":  # which would lose the values
+                self.prototype_weight = priors if several else priors[0]
         return priors
 
     def check_ranks(self) -> None:

@@ -511,6 +511,8 @@ BAD_TENSORS: list[tuple[Tensor, Any]] = [
     (torch.empty(0), ValueError),
     (torch.tensor(0.1, requires_grad=True), ValueError),
     (nn.Parameter(torch.tensor(0.1)), ValueError),
+    (nn.Parameter(torch.tensor(0.1), requires_grad=False), TypeError),
+    (torch.tensor(0.1).to(torch.float8_e5m2), TypeError),
     (torch.tensor(1), (TypeError, ValueError)),
     (torch.tensor(True), (TypeError, ValueError)),
     (torch.tensor(1 + 0j), (TypeError, ValueError)),
@@ -539,6 +541,33 @@ def test_a_bad_tensor_is_named(bad: Tensor, error: Any) -> None:
     ):
         with pytest.raises(error, match=r"^temperature must "):
             call()
+
+
+def test_a_buffer_is_named_at_construction() -> None:
+    for part, name in ((SinkhornKnopp, "epsilon"), (SwappedPredictionLoss, "temperature")):
+        with pytest.raises(TypeError, match=f"^{name} must be a plain .* got a Buffer"):
+            part(nn.Buffer(torch.tensor(0.1)))
+
+
+@pytest.mark.parametrize("memory", ["full", "streamed", "auto"])
+def test_a_tensor_without_a_value_is_named_where_one_is_needed(memory: str) -> None:
+    scores, unknown = scores_of(3), torch.empty((), device="meta")
+    calls: dict[str, list[Callable[[], Any]]] = {
+        "epsilon": [lambda: sinkhorn_knopp(scores, epsilon=unknown)],
+        "temperature": [
+            lambda: swapped_prediction_loss(scores, scores, temperature=unknown),
+            lambda: code_prediction_loss(scores, scores, temperature=unknown),
+        ],
+    }
+    for name, functions in calls.items():
+        criterion = SwAVLoss(
+            DIMENSION, PROTOTYPES, memory=memory, queue_length=4, **{name: unknown}
+        )
+        before = snapshot(criterion)
+        for call in (*functions, lambda criterion=criterion: criterion(features_of())):
+            with pytest.raises(ValueError, match=f"^{name} must have values, got .* meta device"):
+                call()
+        assert same(snapshot(criterion), before)
 
 
 @pytest.mark.parametrize("memory", ["full", "streamed", "auto"])
@@ -656,7 +685,18 @@ def test_module_and_function_have_the_same_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [torch.int64, torch.int8, torch.bool, torch.complex64, "float32", float, math.inf]
+    "bad",
+    [
+        torch.int64,
+        torch.int8,
+        torch.bool,
+        torch.complex64,
+        torch.float8_e4m3fn,
+        torch.float4_e2m1fn_x2,
+        "float32",
+        float,
+        math.inf,
+    ],
 )
 def test_a_bad_dtype_is_named(bad: Any) -> None:
     for call in (

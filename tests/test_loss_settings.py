@@ -282,6 +282,60 @@ def test_the_marginal_error_is_that_of_a_teacher_and_of_float32() -> None:
     assert_close(details.marginal_error, marginal_error(details.codes), 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("prior", [False, True])
+@ANY_QUEUE
+@ANY_SIZES
+def test_the_marginal_error_is_that_of_codes_before_they_are_rounded(
+    sizes: Any, queue_length: int, prior: bool, hard: bool, dtype: torch.dtype | None
+) -> None:
+    settings: dict[str, Any] = {
+        "queue_length": queue_length,
+        "prototype_weight": prior_of(sizes) if prior else None,
+        "epsilon": 0.5,
+        "iterations": 100,
+        "tolerance": 1e-6,
+    }
+    criterion, exact = criterion_of(sizes, hard=hard, **settings), criterion_of(sizes, **settings)
+    exact.load_state_dict(criterion.state_dict())
+    criterion.sinkhorn.dtype = dtype
+    for _ in range(2):
+        features = features_of()
+        weight = torch.tensor([1, 0, 2, 1, 1, 0.5, 1, 1])
+        results = [
+            each(features, sample_weight=weight, return_details=True)[1]
+            for each in (criterion, exact)
+        ]
+        for found, expected in [results] if isinstance(sizes, int) else zip(*results, strict=True):
+            assert found.codes.dtype == (dtype or torch.float64)
+            assert not hard or ((found.codes == 0) | (found.codes == 1)).all()
+            assert found.marginal_error.dtype == torch.float64
+            assert torch.equal(found.marginal_error, expected.marginal_error)
+            assert (found.marginal_error <= 1.01e-6).all()
+
+
+def test_copies_of_details_keep_the_marginal_error() -> None:
+    criterion = criterion_of(tolerance=0.2, iterations=40)
+    _, details = criterion(features_of(), return_details=True)
+    others = [
+        details._replace(codes=details.codes.half()),
+        getattr(copy, "replace", lambda each, **fields: each._replace(**fields))(details, codes=0),
+        copy.copy(details),
+        copy.deepcopy(details),
+        pickle.loads(pickle.dumps(details)),
+    ]
+    for other in others:
+        assert type(other) is type(details)
+        assert torch.equal(other.marginal_error, details.marginal_error)
+        assert torch.equal(other.scores, details.scores)
+        assert len(other) == 2
+    assert others[0].codes.dtype == torch.float16
+    assert others[1].codes == 0
+    with pytest.raises((TypeError, ValueError), match="unexpected field names"):
+        details._replace(errors=None)
+
+
 @pytest.mark.parametrize("of_codes", [{}, {"relaxation": 0.1}, {"hard": True}], ids=str)
 @ANY_SIZES
 def test_there_is_no_marginal_error_without_a_tolerance(
@@ -376,6 +430,17 @@ def test_a_prior_follows_parameters_that_were_moved_without_it() -> None:
     assert criterion(torch.empty(3, 8, DIMENSION, device="meta")).device.type == "meta"
 
 
+@ANY_SIZES
+@ANY_MEMORY
+def test_a_call_on_meta_loses_no_prior(memory: str, sizes: Any) -> None:
+    criterion = criterion_of(sizes, memory=memory, prototype_weight=prior_of(sizes))
+    state = copy.deepcopy(criterion.state_dict())
+    expected = criterion(features := features_of())
+    criterion.to("meta")(features.to("meta"))
+    criterion.to_empty(device="cpu").load_state_dict(state)
+    assert_close(criterion(features), expected)
+
+
 @pytest.mark.parametrize("of_codes", [{}, {"hard": True}, {"relaxation": 0.1}], ids=str)
 @ANY_QUEUE
 @ANY_MEMORY
@@ -452,6 +517,17 @@ BAD_SETTINGS: list[tuple[Any, dict[str, Any], str]] = [
             [PRIOR],
             [None],
             1.0,
+            torch.zeros(PROTOTYPES),
+            torch.zeros(PROTOTYPES, dtype=torch.bool),
+            -PRIOR,
+            PRIOR.log() / 0,
+            PRIOR / 0,
+            PRIOR.to("meta"),
+            PRIOR.to(torch.float8_e5m2),
+            PRIOR.clone().requires_grad_(),
+            nn.Parameter(PRIOR),
+            nn.Parameter(PRIOR, requires_grad=False),
+            nn.Buffer(PRIOR),
         )
     ),
     *(
@@ -465,6 +541,9 @@ BAD_SETTINGS: list[tuple[Any, dict[str, Any], str]] = [
             [PRIOR, PRIOR],
             [PRIOR, OTHER_PRIOR.long()],
             [PRIOR, [1.0, 1.0, 1.0]],
+            [PRIOR, 0 * OTHER_PRIOR],
+            [PRIOR, nn.Parameter(OTHER_PRIOR, requires_grad=False)],
+            [PRIOR, OTHER_PRIOR.to("meta")],
             [],
             1.0,
         )
@@ -480,6 +559,30 @@ def test_a_bad_setting_is_named_at_construction(
 ) -> None:
     with pytest.raises((TypeError, ValueError), match=rf"^{name}\b.* must "):
         SwAVLoss(DIMENSION, sizes, **settings)
+
+
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        (0 * OTHER_PRIOR, "have a positive sum, got 0.0"),
+        (OTHER_PRIOR - 2, "be finite and at least 0, got -1.0"),
+        (OTHER_PRIOR * math.inf, "be finite and at least 0, got inf"),
+    ],
+)
+def test_the_values_of_a_prior_are_checked_at_construction(bad: Tensor, text: str) -> None:
+    with pytest.raises(ValueError, match=rf"^prototype_weight\[1\] must {text}$"):
+        SwAVLoss(DIMENSION, SIZES, prototype_weight=[PRIOR, bad])
+
+
+@ANY_MEMORY
+def test_a_prior_changed_to_nonsense_is_refused(memory: str) -> None:
+    for bad in (PRIOR.to("meta"), nn.Parameter(PRIOR, requires_grad=False)):
+        criterion = SwAVLoss(DIMENSION, PROTOTYPES, memory=memory, queue_length=10)
+        criterion.prototype_weight = bad
+        before = snapshot(criterion)
+        with pytest.raises((TypeError, ValueError), match=r"^prototype_weight must "):
+            criterion(features_of(dtype=torch.float32))
+        assert same(snapshot(criterion), before)
 
 
 @ANY_MEMORY

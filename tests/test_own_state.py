@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,8 +108,11 @@ def test_a_load_that_meta_cannot_take_is_told() -> None:
     train(saved, 2)
     with torch.device("meta"):
         queue = FeatureQueue(6, 4)
-    with pytest.warns(UserWarning, match=r"is on the meta device, .* expected assign=True, or"):
+    with pytest.warns(
+        UserWarning, match=r"is on the meta device, .* expected assign=True, or"
+    ) as told:
         queue.load_state_dict(saved.queue.state_dict())
+    assert {Path(warning.filename) for warning in told} == {Path(__file__)}
     queue.load_state_dict(saved.queue.state_dict(), assign=True)
     assert same(snapshot(queue), snapshot(saved.queue))
 

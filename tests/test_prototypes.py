@@ -339,6 +339,35 @@ def test_only_coupled_decay_of_adam_turns_frozen_prototypes(
         torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("decay", "reversed_at"), [(0.0, None), (0.001, None), (0.0026, None), (0.003, 142), (0.01, 24)]
+)
+def test_decay_with_momentum_reverses_frozen_prototypes_above_a_threshold(
+    decay: float, reversed_at: int | None
+) -> None:
+    assert (reversed_at is None) == (decay <= (1 - math.sqrt(0.9)) ** 2)
+    layer = PrototypeLayer(8, 5).double()
+    layer.normalize_()  # in float64
+    start = layer.directions
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, momentum=0.9, weight_decay=decay)
+    factor, velocity = 1.0, 0.0  # of every entry
+    for step in range(1, 200):
+        optimizer.zero_grad()
+        layer(torch.ones(8).double(), frozen=torch.tensor(True)).sum().backward()
+        optimizer.step()
+        velocity = 0.9 * velocity + decay * factor
+        factor -= velocity
+        norms = layer.weight.norm(dim=1)
+        torch.testing.assert_close(norms, norms.new_full((5,), abs(factor)), rtol=1e-9, atol=1e-12)
+        cosine = (start * layer.directions).sum(dim=1)
+        expected = cosine.new_full((5,), math.copysign(1, factor))
+        torch.testing.assert_close(cosine, expected, rtol=0, atol=1e-9)
+        if factor < 0:
+            assert step == reversed_at
+            return
+    assert reversed_at is None
+
+
 # The weight
 
 

@@ -204,6 +204,8 @@ def sharded_head_losses(
     for name, (value, only) in unsupported.items():
         if value != only:
             raise ValueError(f"{name} must be {only!r} where prototypes are sharded, got {value!r}")
+    _checks.known_setting("epsilon", settings.epsilon, batch.features.device)
+    _checks.known_setting("temperature", temperature, batch.features.device)
     samples = batch.features.shape[1]
     layout = batch_layout(samples, batch.sample_weight, batch.features.device, group)
     normalized_weight = normalized_weights(batch.sample_weight, batch.features[0])

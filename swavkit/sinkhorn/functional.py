@@ -128,32 +128,33 @@ def sinkhorn_knopp(
             weight 0 takes no part, whatever its scores are. It still gets a code, from the
             prototype masses of the other samples, or zeros if its scores are not finite. For a
             sequence of scores, a sequence with an entry or ``None`` for each.
-        prototype_weight: (K,) relative masses of the prototypes, at least 0, at any scale; equal
-            masses by default. For a sequence of scores, a sequence with an entry or ``None`` for
-            each.
+        prototype_weight: (K,) relative masses of the prototypes, at least 0 and not all 0, at any
+            scale; equal masses by default. For a sequence of scores, a sequence with an entry or
+            ``None`` for each.
         process_group: The ranks that share the batch; the default group if ``None``.
         synchronize: Whether to share the batch with other ranks.
         relaxation: The strength ρ > 0 of the constraint on the prototypes' masses. A deviation
             costs ρ times the Kullback-Leibler divergence. Infinity is the strict constraint;
             towards 0 the codes become softmax(S/ε).
-        tolerance: Stop when :func:`~swavkit.marginal_error` of all problems is at most this. Reads
-            a value on the host after each iteration, which makes an accelerator wait and cannot be
-            compiled. Cannot be combined with a finite ``relaxation``, which does not converge to an
-            error of 0.
+        tolerance: Stop when :func:`~swavkit.marginal_error` of all problems is at most this, before
+            ``hard`` or ``dtype`` rounds the codes. Reads a value on the host after each iteration,
+            which makes an accelerator wait and cannot be compiled. Cannot be combined with a finite
+            ``relaxation``, which does not converge to an error of 0.
         hard: Whether to round each code to its largest entry. Ties are decided before codes are
             rounded to ``dtype``.
         validate: Whether to check the values of scores and weights, and raise on all ranks if any
             rank has bad ones. Makes an accelerator wait and cannot be compiled.
-        dtype: The floating dtype of the codes; that of ``scores`` if ``None``.
+        dtype: The floating dtype of the codes, of at least 16 bits; that of ``scores`` if ``None``.
 
     Returns:
-        (..., B, K) codes in ``dtype``, without gradient; a list of them for a
-        sequence of scores. Any finite scores have codes. The lowest number of a dtype excludes a
-        prototype for a sample. A sample with a NaN or infinite score gets NaN codes and does not
-        affect the others. A negative, NaN or infinite weight makes every code NaN. If no sample is
-        present, the code of an absent one is softmax(S/ε + log c). Differences of scores are
-        rounded in float32 (float64 for float64 scores), which limits the accuracy of an entry to
-        about 6e-8 · max|S - max_i S| / ε. Sample weights may span 40 decades.
+        (..., B, K) codes in ``dtype``, without gradient; a list of them for a sequence of scores.
+        Any finite scores have codes. The lowest number of a dtype excludes a prototype for a
+        sample. A sample with a NaN or infinite score gets NaN codes and does not affect the others.
+        A negative, NaN or infinite weight makes every code NaN, and so do prototype weights that
+        are all 0. If no sample is present, the code of an absent one is softmax(S/ε + log c).
+        Differences of scores are rounded in float32 (float64 for float64 scores), which limits the
+        accuracy of an entry to about 6e-8 · max|S - max_i S| / ε. Sample weights may span 40
+        decades.
 
     Raises:
         TypeError: If ``scores`` is no floating tensor or a weight is neither bool nor floating.
@@ -258,6 +259,7 @@ def solve(
     problems: Sequence[Problem], settings: Settings, group: ProcessGroup | None
 ) -> list[Tensor]:
     """Return the codes of each problem within the batch of the group."""
+    _checks.known_setting("epsilon", settings.epsilon, problems[0].scores.device)
     with autocast_disabled(problems[0].scores.device):
         problems = [problem._replace(scores=problem.scores.detach()) for problem in problems]
         if settings.validate:

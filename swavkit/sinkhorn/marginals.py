@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -140,6 +141,21 @@ def target_marginal(prototype_weight: Tensor | None, like: Tensor) -> Tensor | N
         return None
     log_mass, _ = masses(prototype_weight, prototype_weight.shape, like.device, like.dtype)
     return log_mass.softmax(dim=-1)
+
+
+def refuse_bad_priors(priors: Sequence[Tensor | None], several: bool) -> None:
+    """Raise if relative masses of prototypes have invalid values. Waits for the device.
+
+    ``several`` tells whether they are named as entries of a sequence.
+    """
+    for head, prior in enumerate(priors):
+        if type(prior) is not Tensor:  # but None, or a subclass that may have no values
+            continue
+        name = f"prototype_weight[{head}]" if several else "prototype_weight"
+        for bad in _not_masses(prior, prior)[:1]:
+            raise ValueError(f"{name} must be finite and at least 0, got {bad.item()}")
+        if not prior.any():
+            raise ValueError(f"{name} must have a positive sum, got 0.0")
 
 
 def refuse_bad_values(

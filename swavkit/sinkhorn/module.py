@@ -49,7 +49,7 @@ class SinkhornKnopp(nn.Module):
         tolerance: Stop when the marginal error is at most this; reads a value on the host.
         hard: Whether to round each code to its largest entry.
         validate: Whether to check the values of scores and weights; reads values on the host.
-        dtype: The floating dtype of the codes; that of the scores if ``None``.
+        dtype: The floating dtype of the codes, of at least 16 bits; that of the scores if ``None``.
 
     Shape:
         scores (..., B, K), ``sample_weight`` (..., B) or (B,), ``prototype_weight`` (K,) give codes
@@ -178,7 +178,7 @@ class SinkhornKnopp(nn.Module):
                 "codes in eval() are those of the samples of this rank alone, in a job of several "
                 "ranks; expected synchronize='always' for a teacher, with a call on all ranks, or "
                 "synchronize=False for local codes",
-                stacklevel=3,
+                stacklevel=_checks.callers_stacklevel(),
             )
         return group
 

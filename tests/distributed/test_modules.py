@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import linecache
 import pickle
 import warnings
 from collections.abc import Callable
@@ -59,8 +60,8 @@ def codes_in_eval_on_rank_0(rank: int, scores: np.ndarray) -> np.ndarray | None:
     return SinkhornKnopp().eval()(torch.tensor(scores)).numpy() if rank == 0 else None
 
 
-def warnings_in_eval(rank: int) -> list[str]:
-    """Return the warnings of two calls each of a module, of one that is told, and of the loss."""
+def warnings_in_eval(rank: int) -> list[tuple[str, str]]:
+    """Return warnings and their lines: of a module, one that is told, the loss, and one inside."""
     scores = torch.eye(3)
     features = torch.ones(2, 3, 4)
     told = [SinkhornKnopp(synchronize=choice).eval() for choice in (False, "always")]
@@ -70,18 +71,27 @@ def warnings_in_eval(rank: int) -> list[str]:
             module(scores)
         assert not seen
         sinkhorn, criterion = SinkhornKnopp(), SwAVLoss(4, 5)
+        wrapped = DistributedDataParallel(nn.Sequential(SwAVLoss(4, 5, memory="streamed")))
         sinkhorn(scores)  # in training
         assert not seen
         for _ in range(2):
             sinkhorn.eval()(scores)
             criterion.eval()(features)
-    return [str(warning.message) for warning in seen]
+            wrapped.eval()(features)
+    return [
+        (str(warning.message), linecache.getline(warning.filename, warning.lineno).strip())
+        for warning in seen
+    ]
 
 
 def test_local_codes_in_eval_are_told_once(ranks: Ranks) -> None:
-    for texts in ranks.run(warnings_in_eval):
-        assert len(texts) == 2
-        assert all("expected synchronize='always' for a teacher" in text for text in texts)
+    for seen in ranks.run(warnings_in_eval):
+        assert [line for _, line in seen] == [
+            "sinkhorn.eval()(scores)",
+            "criterion.eval()(features)",
+            "wrapped.eval()(features)",
+        ]
+        assert all("expected synchronize='always' for a teacher" in text for text, _ in seen)
 
 
 def loss_in_training(rank: int, features: np.ndarray) -> tuple[Any, ...]:

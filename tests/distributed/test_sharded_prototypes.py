@@ -208,7 +208,7 @@ def test_a_teacher_may_be_sharded_too(ranks: Ranks) -> None:
 def losses_with_teachers_of_other_dtypes(
     rank: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
 ) -> list[list[Any]]:
-    """Return dtype, value and gradient of the loss in each form; the student's dtype is first."""
+    """Return dtype, value and gradient of the loss in each form; the student's is first."""
     results = []
     for options in ({"memory": "full"}, {"memory": "streamed"}, {"shard_prototypes": True}):
         criterion = SwAVLoss(FEATURES, K, queue_length=4, **options).to(dtypes[0])

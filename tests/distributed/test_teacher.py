@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from swavkit import PrototypeLayer, SinkhornKnopp, SwAVLoss
 from tests.ranks import Ranks, refusal
+from tests.states import same, snapshot
 
 pytestmark = pytest.mark.distributed
 
@@ -147,7 +150,13 @@ def test_a_teacher_on_two_ranks_is_that_of_one(
 
 @pytest.mark.parametrize(
     "of_codes",
-    [{}, {"hard": True}, {"relaxation": 0.1}, {"tolerance": 0.1, "iterations": 30}],
+    [
+        {},
+        {"hard": True},
+        {"relaxation": 0.1},
+        {"tolerance": 0.1, "iterations": 30},
+        {"tolerance": 0.1, "iterations": 30, "hard": True},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("memory", ["full", "streamed"])
@@ -166,6 +175,42 @@ def test_temperatures_as_tensors_on_two_ranks_are_those_of_one(
 ) -> None:
     work = work_of(True, settings={"memory": memory, "queue_length": 16}, temperatures=True)
     assert_one_answer(two_ranks, work)
+
+
+def losses_with_shards(rank: int, memory: str) -> list[str | float]:
+    """Return what a loss says of a teacher in shards, and its values with the teacher gathered."""
+    torch.manual_seed(0)
+    criterion = SwAVLoss(DIMENSION, SIZES, memory=memory, queue_length=4)
+    features = torch.randn(VIEWS, 4, DIMENSION)
+    teacher = nn.Sequential(nn.Linear(DIMENSION, DIMENSION), copy.deepcopy(criterion.prototypes))
+    for layer in teacher[1]:
+        layer.reset_parameters()
+    around_all, around_each = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    fully_shard(around_all)
+    for layer in around_each[1]:
+        fully_shard(layer)
+    before = snapshot(criterion)
+    outcome: list[str | float] = []
+    with pytest.raises(RuntimeError) as caught:
+        criterion(features, code_prototypes=around_all[1])
+    outcome.append(str(caught.value))
+    assert same(snapshot(criterion), before)
+    criterion.eval()
+    around_all.unshard()
+    outcome.append(criterion(features, code_prototypes=around_all[1]).item())
+    around_all.reshard()
+    if memory != "streamed":  # which calls no part, so that no hook gathers it
+        outcome.append(criterion(features, code_prototypes=around_each[1]).item())
+    return [*outcome, criterion(features, code_prototypes=teacher[1]).item()]
+
+
+@pytest.mark.parametrize("memory", ["full", "streamed", "auto"])
+def test_a_teacher_in_shards_is_gathered_or_refused_by_name(two_ranks: Ranks, memory: str) -> None:
+    for text, *losses in two_ranks.run(losses_with_shards, [memory] * len(SAMPLES)):
+        assert str(text).startswith("code_prototypes[0] must have its whole weight on each rank")
+        assert "between unshard() and reshard()" in str(text)
+        assert len(losses) == 2 + (memory != "streamed")
+        assert losses[1:] == pytest.approx([losses[0]] * (len(losses) - 1), rel=1e-5)
 
 
 def codes_of(rank: int, scores: np.ndarray) -> list[np.ndarray]:
