@@ -18,11 +18,26 @@ from swavkit.sinkhorn.kernel import (
 # cache: 2.8 times at 64×300.
 _VALUES_AT_ONCE = 2**20
 
+# What computes codes on a CUDA device: "triton", where its kernels support the problem, or "torch".
+BACKEND = "torch"
+
 
 def fits_at_once(scores: Tensor, iterations: int) -> bool:
     """Tell whether :func:`codes_at_once` can make the iterations and is the fastest way."""
     small = scores.numel() <= _VALUES_AT_ONCE or not on_cpu(scores)
     return small and iterations <= SCALINGS_OF_ONE_KERNEL and scores.numel() > 0
+
+
+def fastest_codes(
+    scores: Tensor, epsilon: float | Tensor, iterations: int, present: Tensor | None = None
+) -> Tensor:
+    """Return :func:`codes_at_once`, by the backend for the device."""
+    if BACKEND == "triton" and scores.is_cuda:
+        from swavkit.sinkhorn import triton_codes  # which imports triton
+
+        if triton_codes.supports(scores, iterations, present):
+            return triton_codes.codes_by_triton(scores, epsilon, iterations, present)
+    return codes_at_once(scores, epsilon, iterations, present)
 
 
 def codes_at_once(

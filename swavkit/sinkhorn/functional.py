@@ -23,7 +23,7 @@ from torch import Tensor
 from swavkit import _checks
 from swavkit._tensors import at_least_float32, autocast_disabled, empty
 from swavkit.distributed.collectives import participants
-from swavkit.sinkhorn.at_once import codes_at_once, fits_at_once
+from swavkit.sinkhorn.at_once import fastest_codes, fits_at_once
 from swavkit.sinkhorn.iterations import find_u
 from swavkit.sinkhorn.kernel import Kernel, Masses, parts_of
 from swavkit.sinkhorn.marginals import (
@@ -279,7 +279,7 @@ def solve(
                 present = problem.sample_weight
                 if present is not None:
                     present = present.expand(problem.scores.shape[:-1]).reshape(scores.shape[:-1])
-                found = codes_at_once(scores, settings.epsilon, settings.iterations, present)
+                found = fastest_codes(scores, settings.epsilon, settings.iterations, present)
                 codes.append((one_hot(found) if settings.hard else found).to(dtype))
                 continue
             codes.append(empty(scores.shape, dtype, scores))
