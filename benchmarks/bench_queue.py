@@ -85,7 +85,7 @@ def prepare(problem: Problem, device: torch.device = CPU) -> Calls:
 
 def newest(steps: list[Tensor], length: int) -> Tensor:
     """Return the last ``length`` samples of the steps, with zeros in front if there are fewer."""
-    together = torch.cat([torch.zeros(CODE_VIEWS, length, FEATURE_DIM), *steps], dim=1)
+    together = torch.cat([steps[0].new_zeros(CODE_VIEWS, length, FEATURE_DIM), *steps], dim=1)
     return together[:, -length:]
 
 
