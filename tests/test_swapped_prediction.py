@@ -16,7 +16,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from swavkit import SwappedPredictionLoss, _prediction_errors, swapped_prediction_loss
+from swavkit import (
+    SwappedPredictionLoss,
+    _prediction_errors,
+    swapped_prediction,
+    swapped_prediction_loss,
+)
 from tests import oracles, tolerances
 from tests.bad_input import BAD_SAMPLE_WEIGHTS
 from tests.modes import CountingBackend, LargestTensor, RefuseSynchronisation
@@ -274,7 +279,10 @@ def test_only_the_views_that_ask_get_a_gradient() -> None:
 
 
 @pytest.mark.parametrize("needed", [False, True])
-def test_no_gradient_is_formed_that_nobody_needs(needed: bool) -> None:
+def test_no_gradient_is_formed_that_nobody_needs(
+    monkeypatch: pytest.MonkeyPatch, needed: bool
+) -> None:
+    monkeypatch.setattr(swapped_prediction, "_SCORES_AT_ONCE_ON_CPU", 0)  # as for larger views
     scores, codes = torch.zeros(3, 64, 50, requires_grad=True), torch.zeros(2, 64, 50)
     with torch.set_grad_enabled(needed), LargestTensor(torch.float32) as largest:
         loss = swapped_prediction_loss(scores, codes)

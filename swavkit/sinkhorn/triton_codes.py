@@ -201,7 +201,7 @@ def _start(
     nan_mask = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, prototypes, COLUMNS):
         _columns, _inside, values = _tile(scores, start, prototypes, exist, scale, COLUMNS)
-        nan_mask += tl.where(tl.abs(values) < float('inf'), 0.0, 1.0)
+        nan_mask += tl.where(tl.abs(values) < float("inf"), 0.0, 1.0)
     count = count & (tl.sum(nan_mask, axis=1, keep_dims=True) == 0)
 
     first = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * prototypes
@@ -238,7 +238,7 @@ def _scale(
     for start in range(0, prototypes, COLUMNS):
         columns, inside, values = _tile(scores, start, prototypes, exist, scale, COLUMNS)
         f, u = _f_and_u(shifts, masses, groups, prototypes, columns, inside, rate, FIRST, GROUPS)
-        nan_mask = tl.where(tl.abs(values) < float('inf'), 0.0, float('nan'))
+        nan_mask = tl.where(tl.abs(values) < float("inf"), 0.0, float("nan"))
         values = tl.where(inside, values + f, _BELOW_ALL_SUMS)
         factor = tl.exp(-rate * tl.abs(values - largest))
         total = tl.where(values > largest, total * factor + u, total + factor * u) + nan_mask
