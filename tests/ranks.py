@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 SECONDS = 60.0  # of one piece of work
+PRELOADED = ["swavkit", "torch.distributed.fsdp", "torch._dynamo", "pytest", "hypothesis"]
 
 
 class RankError(Exception):
@@ -32,9 +33,10 @@ class Ranks:
     def __init__(self, size: int, seconds: float = SECONDS) -> None:
         self.size = size
         self._meeting = tempfile.TemporaryDirectory()
-        # Forked from a server that has imported torch and has never computed anything.
+        # Forked from a server that has imported what most of the work imports and has never
+        # computed anything.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "swavkit"])
+        context.set_forkserver_preload(PRELOADED)
         self._connections: list[multiprocessing.connection.Connection] = []
         self._processes = []
         for rank in range(size):
