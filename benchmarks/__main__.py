@@ -21,7 +21,7 @@ from benchmarks import (
     bench_sinkhorn,
     kernels,
 )
-from benchmarks.harness import Suite, environment, measure
+from benchmarks.harness import OURS, Suite, environment, measure
 
 SUITES = {module.SUITE.name: module.SUITE for module in (bench_sinkhorn, bench_loss, bench_queue)}
 KERNELS = "kernels"  # counted, not timed
@@ -127,6 +127,25 @@ def table(rows: list[dict[str, Any]]) -> str:
     return _aligned([HEADER, *map(_cells, rows)])
 
 
+def digest(rows: list[dict[str, Any]]) -> str:
+    """Return a Markdown table of our rows beside the published ones, as in the README."""
+    lines = ["| problem | swavkit | published | ratio |", "|---|---|---|---|"]
+    titles = dict.fromkeys(row["title"] for row in rows)
+    found = {(row["title"], row["contender"]): row for row in rows}
+    for title in titles:
+        for precision in ("", ", bfloat16 autocast"):
+            pair = [found.get((title, name + precision)) for name in (OURS, "published")]
+            if all(pair):
+                texts = [
+                    f"{row['seconds']['median'] * 1e3:.2f} ms, {row['extra_memory'] / 1e6:,.0f} MB"
+                    for row in pair
+                    if row
+                ]
+                ratio = pair[1]["ratio"]["median"] / pair[0]["ratio"]["median"]  # type: ignore[index]
+                lines.append(f"| {title}{precision} | {texts[0]} | {texts[1]} | {ratio:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 def table_of_counts(counts: list[kernels.Count]) -> str:
     """Align the counts: one line per contender, one column per number of problems."""
     numbers = sorted({one.problems for one in counts})
@@ -156,7 +175,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         megabytes = f"{memory / 1e6:,.0f} MB" if memory >= 1e6 else "< 1 MB"
     return (
         row["contender"],
-        f"{len(row['samples'])}",
+        f"{row['rounds']}",
         f"{time['median'] * 1e3:,.2f} ms",
         f"{time['lower_quartile'] * 1e3:,.2f}–{time['upper_quartile'] * 1e3:,.2f}",
         f"{ratio['median']:.2f}",

@@ -86,6 +86,7 @@ def measure(
             "wrong": name in errors and not errors[name] <= problem.tolerance,
             "seconds": summary(samples[name]),
             "ratio": summary(paired_ratios(rounds[name], rounds[OURS])),
+            "rounds": len(samples[name]),
             "samples": samples[name],
             "extra_memory": (
                 extra_memory(suite.prepare, problem, name)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import bench_loss, bench_ranks, bench_sinkhorn, harness, kernels, peers
-from benchmarks.__main__ import main, table
+from benchmarks.__main__ import digest, main, table
 from benchmarks.published import published_codes, published_loss, published_step
 from tests import oracles
 
@@ -276,6 +276,11 @@ def test_the_quick_run_reports_what_it_measured(tmp_path: Path) -> None:
     for count in report["kernels"]["counts"]:
         assert count["contender"] in run.stdout
         assert f" {count['launches']}" in run.stdout
+
+
+def test_the_table_of_a_device_is_that_of_its_result_file() -> None:
+    results = json.loads((ROOT / "benchmarks/device.json").read_text())["results"]
+    assert digest(results) in (ROOT / "benchmarks/README.md").read_text()
 
 
 def test_more_processes_than_cores_are_labelled() -> None:
