@@ -37,9 +37,9 @@ else:
     _LOWEST = tl.constexpr(torch.finfo(torch.float32).min / 4)
     _BELOW_ALL_SUMS = tl.constexpr(torch.finfo(torch.float32).min / 2)
 
-# ---- The configuration, to be chosen by measurements on a device.
+# ---- The configuration. On an H200, 1,056 programs take 0.85 of the time of 528.
 _VALUES_OF_A_TILE, _WARPS = 2**12, 8
-_PROGRAMS = 528  # at most; four for each multiprocessor of an H100
+_PROGRAMS = 1056  # at most; eight for each multiprocessor
 _VALUES_OF_A_PROGRAM = 2**13  # at least, if there are more than _FEW_GROUPS programs
 _LEAST_ROWS, _MOST_ROWS = 4, 64  # of a program. There is a sum of masses for each program.
 _FEW_GROUPS = 8  # Each program adds up the masses of so many groups of rows by itself.
