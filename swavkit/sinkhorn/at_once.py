@@ -19,8 +19,8 @@ from swavkit.sinkhorn.kernel import (
 _VALUES_AT_ONCE = 2**20
 
 # What computes codes on a CUDA device: "torch", or "triton" where its kernels support the problem.
-# On an H200 these take 0.41 of the time for 4,096×3,000. They stay off until their tests have passed
-# on a device for ε above 1 too.
+# On an H200 these take 0.41 of the time for 4,096×3,000. They stay off until their tests pass on a
+# device for ε above 1 too.
 BACKEND = "torch"
 
 
