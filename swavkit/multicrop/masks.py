@@ -58,9 +58,11 @@ def crop_masks(masks: Tensor, boxes: Tensor, flips: Tensor, size: int | Sequence
     columns = columns.flip(1).where(flips.view(-1, 1), columns)
     images = torch.arange(batch.shape[0], device=masks.device).view(-1, 1, 1, 1)
     channels = torch.arange(batch.shape[1], device=masks.device).view(1, -1, 1, 1)
-    signed = batch.view(_SIGNED.get(batch.dtype, batch.dtype))
-    cut = signed[images, channels, rows[:, None, :, None], columns[:, None, None, :]]
-    return cut.view(batch.dtype).reshape(*masks.shape[:-2], height, width)
+    if batch.dtype in _SIGNED:
+        batch = batch.view(_SIGNED[batch.dtype])
+    cut = batch[images, channels, rows[:, None, :, None], columns[:, None, None, :]]
+    cut = cut.reshape(*masks.shape[:-2], height, width)
+    return cut.view(masks.dtype) if masks.dtype in _SIGNED else cut
 
 
 def _nearest(start: Tensor, end: Tensor, size: int) -> Tensor:
