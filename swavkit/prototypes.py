@@ -73,15 +73,15 @@ class PrototypeLayer(nn.Module):
         gradient: Literal["tangent", "published"] = "tangent",
     ) -> None:
         super().__init__()
-        self._configure(feature_dim, num_prototypes, gradient)
-        self.weight = nn.Parameter(torch.empty(self.num_prototypes, self.feature_dim))
-        self.reset_parameters()
-
-    def _configure(self, feature_dim: int, num_prototypes: int, gradient: str) -> None:
         self.feature_dim = _checks.positive_int("feature_dim", feature_dim)
         self.num_prototypes = _checks.positive_int("num_prototypes", num_prototypes)
-        self.gradient = gradient
+        self.gradient: Literal["tangent", "published"] = gradient
         self._check_gradient()
+        self.weight = nn.Parameter(self._new_rows())
+        self.reset_parameters()
+
+    def _new_rows(self) -> Tensor:
+        return torch.empty(self.num_prototypes, self.feature_dim)
 
     def _check_gradient(self) -> None:
         _checks.choice("gradient", self.gradient, ("tangent", "published"))

@@ -71,13 +71,12 @@ class ShardedPrototypeLayer(PrototypeLayer):
         gradient: Literal["tangent", "published"] = "tangent",
         process_group: ProcessGroup | None = None,
     ) -> None:
-        nn.Module.__init__(self)
-        self._configure(feature_dim, num_prototypes, gradient)
-        self._group = GroupHandle(process_group)
+        self._group = GroupHandle(process_group)  # which has a say in the rows
+        super().__init__(feature_dim, num_prototypes, gradient=gradient)
+
+    def _new_rows(self) -> Tensor:
         self._held = rows_of(self.num_prototypes, *rank_and_size(self._participants()))
-        own = torch.empty(self._held.stop - self._held.start, self.feature_dim)
-        self.weight = nn.Parameter(self._sharded(own))
-        self.reset_parameters()
+        return self._sharded(torch.empty(self._held.stop - self._held.start, self.feature_dim))
 
     def _participants(self) -> ProcessGroup:
         group = participants(self._group.get(), synchronize=True)
