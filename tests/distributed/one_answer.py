@@ -16,14 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 from swavkit import SwAVLoss
 from tests.ranks import Ranks
 
-VIEWS, INPUTS, STEPS = 3, 6, 20
+VIEWS, INPUTS, STEPS = 3, 6, 10
 
 # Settings of the loss that change no number.
 VARIANTS: list[dict[str, Any]] = [{}, {"memory": "streamed"}]
 EACH_VARIANT = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 
 # Of one step and, as errors grow from step to step, of the last.
-ATOL = {torch.float64: (1e-10, 1e-10), torch.float32: (2e-5, 1e-3)}
+ATOL = {torch.float64: (1e-10, 1e-10), torch.float32: (2e-5, 2e-4)}
 
 
 def called(module: nn.Module, *inputs: Any, **named: Any) -> Any:

@@ -143,18 +143,19 @@ def test_an_engine_gives_the_answer_of_one_process(
 
 
 @pytest.mark.parametrize(
-    ("engine", "num_prototypes", "variant"),
-    [  # each two of the three
-        (ddp_around_a_compiled_network, 7, {}),
-        (ddp_around_a_compiled_network, (5, 3), {"memory": "streamed"}),
-        (compiled_ddp, 7, {"memory": "streamed"}),
-        (compiled_ddp, (5, 3), {}),
+    ("engine", "num_prototypes", "iterations", "variant"),
+    [  # each engine with both kinds of prototypes and of memory; iterations take long to compile
+        (ddp_around_a_compiled_network, 7, 2, {}),
+        (ddp_around_a_compiled_network, (5, 3), 1, {"memory": "streamed"}),
+        (compiled_ddp, 7, 2, {"memory": "streamed"}),
+        (compiled_ddp, (5, 3), 1, {}),
     ],
 )
 def test_a_compiled_step_gives_the_answer_of_one_process(
     start_ranks: Callable[[int], Ranks],
     engine: Callable[..., Any],
     num_prototypes: Any,
+    iterations: int,
     variant: dict[str, Any],
 ) -> None:
     assert_one_answer(
@@ -164,6 +165,7 @@ def test_a_compiled_step_gives_the_answer_of_one_process(
         queue_length=3 * STEPS,
         freeze_steps=4,
         weights=(0, 1, 2),
+        iterations=iterations,
         num_prototypes=num_prototypes,
         **variant,
     )
