@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.bench_loss import FEATURE_DIM
-from benchmarks.harness import clock_of, summary
+from benchmarks.harness import clock_of, summary, time_interleaved
 from swavkit import MultiCropTransform, SwAVLoss
 from tests.ranks import Ranks
 
@@ -265,23 +265,13 @@ CHECKS: dict[str, Callable[[], str]] = {
 
 def training_steps() -> list[Row]:
     """Time a whole training step in eager mode, compiled, and as a graph, with the queue."""
-    eager = Training()
     graph = captured(Training())
-    calls: dict[str, Callable[[], object]] = {"eager": eager.step, "CUDA graph": graph.replay}
-    clock = clock_of(DEVICE)
-    rows = [_timed(name, call, clock) for name, call in calls.items()]
+    rows = [_timed("eager", Training().step), _timed("CUDA graph", graph.replay)]
     for mode in ("default", "reduce-overhead"):
-        rows.append(_timed(f"compiled, {mode}", compiled(Training(), mode).step, clock))
+        rows.append(_timed(f"compiled, {mode}", compiled(Training(), mode).step))
     return rows
 
 
-def _timed(name: str, call: Callable[[], object], clock: Callable[[], float]) -> Row:
-    for _ in range(8):
-        call()
-    samples = []
-    for _ in range(20):
-        begin = clock()
-        for _ in range(5):
-            call()
-        samples.append((clock() - begin) / 5)
-    return {"contender": name, "seconds": summary(samples)}
+def _timed(name: str, call: Callable[[], object]) -> Row:
+    rounds = time_interleaved({name: call}, seconds=0.5, least=20, clock=clock_of(DEVICE))
+    return {"contender": name, "seconds": summary(list(rounds[name].values()))}

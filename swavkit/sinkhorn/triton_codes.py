@@ -1,7 +1,7 @@
 """The codes in a few fused CUDA kernels, without a matrix of intermediate results.
 
-The steps are those of :func:`~swavkit.sinkhorn.kernel.codes_at_once`. A program takes a few rows of
-one problem and goes over their prototypes twice, tile by tile: first for v, then for its part of
+The steps are those of :func:`~swavkit.sinkhorn.at_once.codes_at_once`. A program takes a few rows
+of one problem and goes over their prototypes twice, tile by tile: first for v, then for its part of
 the prototypes' masses, or for the codes. Parts of masses are added up in a fixed order, so results
 do not differ from run to run. The first part is relative to its largest score of each prototype.
 
