@@ -5,6 +5,7 @@
 
 from swavkit._head_losses import SwAVDetails
 from swavkit.checkpoints import load_sharded_state_dict, sharded_state_dict
+from swavkit.cluster_statistics import SwAVStatistics, cluster_statistics
 from swavkit.code_prediction import CodePredictionLoss, code_prediction_loss
 from swavkit.feature_queue import FeatureQueue
 from swavkit.multicrop.crop_group import CropGroup
@@ -28,7 +29,9 @@ __all__ = [
     "SinkhornKnopp",
     "SwAVDetails",
     "SwAVLoss",
+    "SwAVStatistics",
     "SwappedPredictionLoss",
+    "cluster_statistics",
     "code_prediction_loss",
     "crop_masks",
     "load_sharded_state_dict",
