@@ -5,7 +5,6 @@
 
 from swavkit._head_losses import SwAVDetails
 from swavkit.checkpoints import load_sharded_state_dict, sharded_state_dict
-from swavkit.cluster_statistics import SwAVStatistics, cluster_statistics
 from swavkit.code_prediction import CodePredictionLoss, code_prediction_loss
 from swavkit.feature_queue import FeatureQueue
 from swavkit.multicrop.crop_group import CropGroup
@@ -18,6 +17,7 @@ from swavkit.sinkhorn import SinkhornKnopp, sinkhorn_knopp
 from swavkit.sinkhorn.marginals import marginal_error, power_law_prior
 from swavkit.swapped_prediction import SwappedPredictionLoss, swapped_prediction_loss
 from swavkit.swav import SwAVLoss
+from swavkit.swav_statistics import SwAVStatistics, cluster_statistics
 
 __all__ = [
     "CodePredictionLoss",

@@ -31,7 +31,7 @@ class Recomputation:
             queue: The feature queue, or ``None``. Codes and loss depend on it.
             freeze_steps: The number of steps with frozen prototypes. If it is not 0, the gradient
                 depends on the step count.
-            details: Whether codes are requested.
+            details: Whether details or statistics are requested.
 
         Raises:
             RuntimeError: If results that depend on state since changed would be used.
@@ -50,8 +50,8 @@ class Recomputation:
             )
         if queue is not None and details:
             raise RuntimeError(
-                "the details of SwAVLoss with a queue cannot be recomputed in the backward pass, "
-                "since its state has moved on; expected a checkpoint that ends before"
+                "details and statistics of SwAVLoss with a queue cannot be recomputed in the "
+                "backward pass, as its state has moved on; expected a checkpoint that ends before"
             )
         return True
 

@@ -18,6 +18,7 @@ from swavkit.sinkhorn import SinkhornKnopp
 from swavkit.sinkhorn.functional import Problem, solve
 from swavkit.sinkhorn.marginals import marginal_error
 from swavkit.swapped_prediction import SwappedPredictionLoss
+from swavkit.swav_statistics import SwAVStatistics, cluster_statistics
 
 if TYPE_CHECKING:
     from swavkit.distributed.collectives import ProcessGroup
@@ -47,6 +48,8 @@ class Batch(NamedTuple):
         queued: (A, L, D) features of the queue, or ``None``.
         queue_mask: (L,) bool, which of them take part; or ``None``.
         frozen: Bool scalar, whether prototypes get a gradient of zeros; or ``None`` for never.
+        details: Whether codes and scores are requested.
+        statistics: Whether statistics are requested.
     """
 
     features: Tensor
@@ -58,6 +61,8 @@ class Batch(NamedTuple):
     queued: Tensor | None
     queue_mask: Tensor | None
     frozen: Tensor | None
+    details: bool
+    statistics: bool
 
     def code_weight(self) -> Tensor | None:
         """Return the weights of the current and queued samples in the codes, (B + L,)."""
@@ -117,10 +122,11 @@ class SwAVDetails(_CodesAndScores):
 
 
 class HeadLoss(NamedTuple):
-    """The loss with one head, and what is known on the way if the parts were called."""
+    """The loss with one head, and its details and statistics if they are requested."""
 
     loss: Tensor
     details: SwAVDetails | None = None
+    statistics: SwAVStatistics | None = None
 
 
 def head_losses(
@@ -130,9 +136,8 @@ def head_losses(
     loss: nn.Module,
     *,
     memory: str,
-    details: bool,
 ) -> list[HeadLoss]:
-    """Return the loss with each head; ``details`` asks for codes and scores."""
+    """Return the loss with each head."""
     observed = not (
         is_plainly(sinkhorn, SinkhornKnopp)
         and is_plainly(loss, SwappedPredictionLoss)
@@ -140,7 +145,7 @@ def head_losses(
     )
     validated = getattr(sinkhorn, "validate", False)
     own_dtype = getattr(sinkhorn, "dtype", None) is not None
-    needs_parts = details or observed or validated or own_dtype
+    needs_parts = batch.details or observed or validated or own_dtype
     if memory == "streamed" and needs_parts:
         raise ValueError(
             "memory must be 'full' or 'auto' for details, for validated codes or codes of a given "
@@ -148,7 +153,7 @@ def head_losses(
         )
     prototypes = sum(head.prototypes.num_prototypes for head in heads)
     if needs_parts or memory == "full" or (memory == "auto" and _is_small(batch, prototypes)):
-        return _parts_called(batch, heads, sinkhorn, loss, details)
+        return _parts_called(batch, heads, sinkhorn, loss)
     assert isinstance(sinkhorn, SinkhornKnopp)
     return _fused(batch, heads, sinkhorn, loss, _BYTES_OF_KEPT_KERNELS if memory == "auto" else 0)
 
@@ -202,6 +207,24 @@ def checked_code_heads(
     return given
 
 
+def stacked(
+    views: Tensor | list[Tensor], sample_weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the views (V, B, D) as one tensor, and the rows (V, B, 1) whose scores are NaN.
+
+    An absent sample may hold NaN, which the product would spread to every gradient as 0 · NaN. Its
+    features become zeros.
+    """
+    if not isinstance(views, Tensor):
+        with autocast_disabled(views[0].device):  # which does not stack half precisions
+            views = torch.stack(views)
+    if sample_weight is None:
+        return views, None
+    finite = views.detach().isfinite().all(dim=-1, keepdim=True)
+    nan_rows = (sample_weight == 0).unsqueeze(-1) & ~finite
+    return views.masked_fill(nan_rows, 0), nan_rows
+
+
 @torch.no_grad()
 def part_of_mean(batch: Batch, group: ProcessGroup | None) -> Tensor | None:
     """Return the factor that makes the average of means over ranks the mean of all samples.
@@ -229,7 +252,7 @@ def _is_small(batch: Batch, prototypes: int) -> bool:
 
 
 def _parts_called(
-    batch: Batch, heads: Sequence[Head], sinkhorn: nn.Module, loss: nn.Module, details: bool
+    batch: Batch, heads: Sequence[Head], sinkhorn: nn.Module, loss: nn.Module
 ) -> list[HeadLoss]:
     """Call the parts, as the docstring of ``SwAVLoss`` does."""
     scores = [
@@ -251,7 +274,7 @@ def _parts_called(
                 for of_head, prior in zip(to_code, priors, strict=True)
             ]
         errors: list[Tensor | None] = [None] * len(heads)
-        if details and isinstance(sinkhorn, SinkhornKnopp) and sinkhorn.tolerance is not None:
+        if batch.details and isinstance(sinkhorn, SinkhornKnopp) and sinkhorn.tolerance is not None:
             errors = list(_marginal_errors(to_code, codes, weight, priors, sinkhorn))
         samples = batch.features.shape[1]
         if batch.queued is not None:  # not a view, which would keep those of the queue
@@ -261,8 +284,26 @@ def _parts_called(
         of_codes = SwAVDetails(code, of_head.detach())
         if error is not None:
             of_codes.marginal_error = error
-        results.append(HeadLoss(loss(of_head, code, batch.sample_weight), of_codes))
+        seen = None
+        if batch.statistics:
+            seen = cluster_statistics(
+                of_codes.scores,
+                code,
+                temperature=_temperature(loss),
+                sample_weight=batch.sample_weight,
+            )
+        results.append(HeadLoss(loss(of_head, code, batch.sample_weight), of_codes, seen))
     return results
+
+
+def _temperature(loss: nn.Module) -> float | Tensor:
+    """Return the temperature of a loss, which may be a module of the user's."""
+    if not hasattr(loss, "temperature"):
+        raise TypeError(
+            f"loss must have a temperature for the entropy of the predictions, which "
+            f"return_statistics requests, got {type(loss).__name__} without one"
+        )
+    return _checks.positive_setting("temperature", loss.temperature)
 
 
 def _masked(scores: Tensor, nan_rows: Tensor | None) -> Tensor:
@@ -347,5 +388,6 @@ def _fused(
         settings=settings,
         group=group,
         most_bytes_of_kernels=most_bytes_of_kernels,
+        statistics=batch.statistics,
     )
-    return [HeadLoss(value) for value in losses]
+    return [HeadLoss(value, statistics=seen) for value, seen in losses]

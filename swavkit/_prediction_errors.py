@@ -48,6 +48,7 @@ def prediction_errors(
     inverse_temperature: float | Tensor,
     residual: Tensor | None = None,
     scale: Tensor | None = None,
+    entropies: Tensor | None = None,
 ) -> Tensor:
     """Return Σ_v [ n_v · logsumexp(S_v/τ) - ⟨T_v, S_v⟩/τ ] for some samples, (b,).
 
@@ -57,6 +58,7 @@ def prediction_errors(
         inverse_temperature: 1/τ.
         residual: (v, b, K), overwritten with T_v - n_v · softmax(S_v/τ); may be ``scores`` itself.
         scale: (b,), a factor of the residual, applied before it is rounded to its dtype.
+        entropies: (v, b), overwritten with the entropies of softmax(S_v/τ) in nats.
     """
     dtype = targets[0].mass.dtype
     largest = scores.amax(dim=-1, keepdim=True).to(dtype)
@@ -67,10 +69,13 @@ def prediction_errors(
         logits = torch.empty(scores.shape, dtype=dtype, device=scores.device)
     scaled_sum(shift, scores, inverse_temperature, out=logits)  # at most 0, up to rounding
     agreements = [_agreement(target, logits[target.views]) for target in targets]
-    predictions = torch.softmax(logits, dim=-1, out=logits)
+    predictions = torch.softmax(logits, dim=-1, out=logits if entropies is None else None)
     # logsumexp is the largest logit minus the logarithm of its softmax.
     log_sums = scaled_sum(shift, largest, inverse_temperature)
     log_sums = (log_sums - predictions.amax(dim=-1, keepdim=True).log_()).squeeze(-1)  # (v, b)
+    if entropies is not None:
+        # 0 · -inf is 0 here too.
+        torch.sub(log_sums, logits.mul_(predictions).nansum(dim=-1), out=entropies)
     errors = [
         target.mass * _over_views(log_sums[target.views], target.mass) - agreement
         for target, agreement in zip(targets, agreements, strict=True)
@@ -79,9 +84,9 @@ def prediction_errors(
         for target in targets:
             _subtract(predictions[target.views], target)
         if scale is not None:
-            logits.mul_(scale.unsqueeze(-1))
-        if logits is not residual:
-            residual.copy_(logits)
+            predictions.mul_(scale.unsqueeze(-1))
+        if predictions is not residual:
+            residual.copy_(predictions)
     return reduce(torch.add, errors)
 
 

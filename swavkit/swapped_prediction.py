@@ -91,7 +91,7 @@ def swapped_prediction_loss(
     score_views = _checks.views("scores", scores, "prototypes", least=2)
     _checks.untransformed("scores", score_views[0])
     code_views = _checks.views("codes", codes, "prototypes", least=1)
-    _check_pairing(score_views, code_views)
+    check_pairing(score_views, code_views)
     _checks.known_setting("temperature", temperature, score_views[0].device)
     samples = score_views[0].shape[:1]
     if sample_weight is not None:
@@ -186,6 +186,7 @@ def errors_of_samples(
     inverse_temperature: float | Tensor,
     sample_weight: Tensor | None,
     residuals: Views | None,
+    entropies: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return Σ_v [ n_v · logsumexp_k(S_v/τ) - ⟨T_v, S_v⟩/τ ], (b,), and the scale of residuals.
 
@@ -196,6 +197,7 @@ def errors_of_samples(
         sample_weight: (b,), or ``None``. Errors and residuals are 0 where it is 0.
         residuals: Like ``scores``, overwritten with T_v - n_v · softmax(S_v/τ), times the scale,
             (b,), if there is one; may be the ``scores`` themselves.
+        entropies: (V, b), overwritten with the entropies of softmax(S_v/τ) in nats.
     """
     dtype = at_least_float32(scores[0].dtype)
     zero_weight_mask = None if sample_weight is None else sample_weight == 0
@@ -205,6 +207,11 @@ def errors_of_samples(
     scale = residual_scale(of_all.mass, scores[0].dtype)
     errors: list[Tensor] = []
     alone = len(codes) == 1  # the first view has nothing to predict
+    if alone and entropies is not None:
+        nothing = Target(0, torch.zeros_like(codes[0]), torch.zeros_like(of_all.mass))
+        prediction_errors(
+            _together(scores, range(1)), [nothing], inverse_temperature, entropies=entropies[:1]
+        )
     if alone and residuals is not None:
         residuals[0].zero_()
     for views in _groups(scores, int(alone)):
@@ -212,7 +219,12 @@ def errors_of_samples(
         targets = _targets(codes, of_all, views)
         errors.append(
             prediction_errors(
-                _together(scores, views), targets, inverse_temperature, residual, scale
+                _together(scores, views),
+                targets,
+                inverse_temperature,
+                residual,
+                scale,
+                None if entropies is None else entropies[views.start : views.stop],
             )
         )
         if zero_weight_mask is not None and residual is not None:
@@ -251,7 +263,7 @@ def _targets(codes: Sequence[Tensor], of_all: Target, group: range) -> list[Targ
     return targets
 
 
-def _check_pairing(scores: list[Tensor], codes: list[Tensor]) -> None:
+def check_pairing(scores: list[Tensor], codes: list[Tensor]) -> None:
     """Check that codes match the first views of ``scores``."""
     _checks.no_empty_last_dimension("scores", scores[0], "prototypes")
     if len(codes) > len(scores):

@@ -20,25 +20,18 @@ from swavkit._head_losses import (
     checked_code_views,
     head_losses,
     part_of_mean,
+    stacked,
 )
 from swavkit._own_state import OwnState
-from swavkit._tensors import autocast_disabled
-from swavkit.distributed.agreement import Agreement, checksum
-from swavkit.distributed.collectives import (
-    device_for,
-    is_sharded,
-    participants,
-)
+from swavkit.distributed.agreement import Agreement, checksum_of_all
+from swavkit.distributed.collectives import device_for, is_sharded, participants
 from swavkit.feature_queue import FeatureQueue
 from swavkit.prototypes import PrototypeLayer, unit_rows
-from swavkit.sharded.prototypes import (
-    ShardedPrototypeLayer,
-    layer_class,
-    sharded_head_losses,
-)
+from swavkit.sharded.prototypes import ShardedPrototypeLayer, layer_class, sharded_head_losses
 from swavkit.sinkhorn.marginals import refuse_bad_priors
 from swavkit.sinkhorn.module import SinkhornKnopp
 from swavkit.swapped_prediction import SwappedPredictionLoss
+from swavkit.swav_statistics import SwAVStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,7 +46,6 @@ if TYPE_CHECKING:
 
 
 __all__ = ["SwAVLoss"]
-
 
 _COMPARED_HEADS = 8  # whose sizes are compared one by one; those of more by their sum
 
@@ -249,6 +241,7 @@ class SwAVLoss(OwnState):
         code_prototypes: PrototypeLayer | Iterable[PrototypeLayer] | None = None,
         sample_weight: Tensor | None = None,
         return_details: Literal[False] = False,
+        return_statistics: Literal[False] = False,
     ) -> Tensor: ...
 
     @overload
@@ -260,7 +253,32 @@ class SwAVLoss(OwnState):
         code_prototypes: PrototypeLayer | Iterable[PrototypeLayer] | None = None,
         sample_weight: Tensor | None = None,
         return_details: Literal[True],
+        return_statistics: Literal[False] = False,
     ) -> tuple[Tensor, SwAVDetails | tuple[SwAVDetails, ...]]: ...
+
+    @overload
+    def forward(
+        self,
+        features: Tensor | Sequence[Tensor],
+        *,
+        code_features: Tensor | Sequence[Tensor] | None = None,
+        code_prototypes: PrototypeLayer | Iterable[PrototypeLayer] | None = None,
+        sample_weight: Tensor | None = None,
+        return_details: Literal[False] = False,
+        return_statistics: Literal[True],
+    ) -> tuple[Tensor, SwAVStatistics | tuple[SwAVStatistics, ...]]: ...
+
+    @overload
+    def forward(
+        self,
+        features: Tensor | Sequence[Tensor],
+        *,
+        code_features: Tensor | Sequence[Tensor] | None = None,
+        code_prototypes: PrototypeLayer | Iterable[PrototypeLayer] | None = None,
+        sample_weight: Tensor | None = None,
+        return_details: bool,
+        return_statistics: bool,
+    ) -> Any: ...
 
     @keeping_what_it_saves
     def forward(
@@ -271,7 +289,8 @@ class SwAVLoss(OwnState):
         code_prototypes: PrototypeLayer | Iterable[PrototypeLayer] | None = None,
         sample_weight: Tensor | None = None,
         return_details: bool = False,
-    ) -> Tensor | tuple[Tensor, SwAVDetails | tuple[SwAVDetails, ...]]:
+        return_statistics: bool = False,
+    ) -> Any:
         """Return the loss of one batch; in training mode count the step and fill the queue.
 
         Args:
@@ -286,10 +305,13 @@ class SwAVLoss(OwnState):
             sample_weight: (B,) weights of the samples in the codes and in the loss, bool or
                 floating. A sample of weight 0 takes no part and does not enter the queue.
             return_details: Whether to return ``(loss, details)``.
+            return_statistics: Whether to return ``(loss, statistics)``, those of the samples of
+                this rank, in every form of the loss. With both, ``(loss, details, statistics)``.
 
         Returns:
             The loss, a scalar in float32 (float64 for float64 features or prototypes, other than a
-            teacher's). With ``return_details`` also the :class:`SwAVDetails`, or a tuple of them.
+            teacher's). With ``return_details`` also the :class:`SwAVDetails`, and with
+            ``return_statistics`` the :class:`SwAVStatistics`; for a sequence of heads, tuples.
         """
         heads = self._heads()
         self._check_settings()
@@ -315,7 +337,8 @@ class SwAVLoss(OwnState):
         group = None
         if isinstance(self.sinkhorn, SinkhornKnopp) or self.reduction == "global_mean":
             group = _checks.instance("sinkhorn", self.sinkhorn, SinkhornKnopp)._participants()
-        repeated = self._recomputation.detected(self.queue, self.freeze_steps, return_details)
+        requested = return_details or return_statistics
+        repeated = self._recomputation.detected(self.queue, self.freeze_steps, requested)
         if not repeated:
             record = partial(self._record, code_heads)
             self._agreement.require(record, group, views[0].device, advice=_ADVICE)
@@ -324,7 +347,9 @@ class SwAVLoss(OwnState):
             features if isinstance(features, Tensor) else views,
             code_views,
             sample_weight,
-            taught=code_prototypes is not None,
+            code_prototypes is not None,
+            return_details,
+            return_statistics,
         )
         mean_part = part_of_mean(batch, group) if self.reduction == "global_mean" else None
         priors = self._priors(views[0].device)
@@ -335,9 +360,9 @@ class SwAVLoss(OwnState):
             self.loss,
         )
         if isinstance(heads[0], ShardedPrototypeLayer):
-            results = sharded_head_losses(*parts, group, memory=self.memory, details=return_details)
+            results = sharded_head_losses(*parts, group, memory=self.memory)
         else:
-            results = head_losses(*parts, memory=self.memory, details=return_details)
+            results = head_losses(*parts, memory=self.memory)
         losses = [result.loss for result in results]
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         if mean_part is not None:
@@ -350,10 +375,12 @@ class SwAVLoss(OwnState):
                 newest = [unit_rows(view.detach()) for view in newest]
                 self.queue.push(newest, valid=present)
             self.steps.add_(1)
-        if not return_details:
+        if not requested:
             return loss
-        details = tuple(result.details for result in results if result.details is not None)
-        return loss, details if isinstance(self.prototypes, nn.ModuleList) else details[0]
+        several = isinstance(self.prototypes, nn.ModuleList)
+        names = ["details"] * return_details + ["statistics"] * return_statistics
+        extras = [tuple(getattr(result, name) for result in results) for name in names]
+        return loss, *(extra if several else extra[0] for extra in extras)
 
     if TYPE_CHECKING:
         __call__ = forward  # nn.Module's returns anything
@@ -363,14 +390,15 @@ class SwAVLoss(OwnState):
         features: Tensor | list[Tensor],
         code_views: list[Tensor] | None,
         sample_weight: Tensor | None,
-        *,
         taught: bool,
+        details: bool,
+        statistics: bool,
     ) -> Batch:
-        together, nan_rows = _together(features, sample_weight)
+        together, nan_rows = stacked(features, sample_weight)
         code_features = code_nan_rows = None
         if code_views is not None:
             with torch.no_grad():
-                code_features, code_nan_rows = _together(code_views, sample_weight)
+                code_features, code_nan_rows = stacked(code_views, sample_weight)
         elif taught:  # by other prototypes alone
             code_features = together[: self.num_code_views].detach()
             code_nan_rows = None if nan_rows is None else nan_rows[: self.num_code_views]
@@ -388,6 +416,8 @@ class SwAVLoss(OwnState):
             queued=queued,
             queue_mask=queue_mask,
             frozen=self.steps < self.freeze_steps if self.freeze_steps else None,
+            details=details,
+            statistics=statistics,
         )
 
     def _priors(self, device: torch.device) -> list[Tensor | None]:
@@ -447,13 +477,13 @@ class SwAVLoss(OwnState):
             **self.sinkhorn._settings()._asdict(),
             _ONE_BY_ONE: len(heads) > 1 and not _checks.is_plainly(self.sinkhorn, SinkhornKnopp),
             # Shards of prototypes are parts of one matrix: there is nothing to compare.
-            "the checksum of the prototypes": _checksum(
+            "the checksum of the prototypes": checksum_of_all(
                 [head.weight for head in heads if not is_sharded(head.weight)]
             ),
-            "the checksum of code_prototypes": _checksum(
+            "the checksum of code_prototypes": checksum_of_all(
                 [layer.weight for layer in others if not is_sharded(layer.weight)]
             ),
-            "the checksum of prototype_weight": _checksum(
+            "the checksum of prototype_weight": checksum_of_all(
                 [None if prior is None else prior.double().unsqueeze(1) for prior in priors]
             ),
         }
@@ -468,33 +498,3 @@ class SwAVLoss(OwnState):
             f"num_code_views={self.num_code_views}, queue_start={self.queue_start}, "
             f"freeze_steps={self.freeze_steps}, reduction={self.reduction!r}"
         )
-
-
-def _together(
-    views: Tensor | list[Tensor], sample_weight: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Return the views (V, B, D) as one tensor, and the rows (V, B, 1) whose scores are NaN.
-
-    An absent sample may hold NaN, which the product would spread to every gradient as 0 · NaN. Its
-    features become zeros.
-    """
-    if not isinstance(views, Tensor):
-        with autocast_disabled(views[0].device):  # which does not stack half precisions
-            views = torch.stack(views)
-    if sample_weight is None:
-        return views, None
-    finite = views.detach().isfinite().all(dim=-1, keepdim=True)
-    nan_rows = (sample_weight == 0).unsqueeze(-1) & ~finite
-    return views.masked_fill(nan_rows, 0), nan_rows
-
-
-def _checksum(matrices: Sequence[Tensor | None]) -> Tensor | None:
-    """Return one checksum of several matrices and of the places without one; ``None`` of none."""
-    checksums = [None if matrix is None else checksum(matrix) for matrix in matrices]
-    known = [each for each in checksums if each is not None]
-    if not known:
-        return None
-    absent = torch.full_like(known[0], 2**52)  # above every checksum
-    return checksum(
-        torch.stack([absent if each is None else each for each in checksums]).unsqueeze(1)
-    )

@@ -124,12 +124,16 @@ def test_components_know_few_others() -> None:
         ("_head_losses", "prototypes"),
         ("_head_losses", "sinkhorn"),
         ("_head_losses", "swapped_prediction"),
+        ("_head_losses", "swav_statistics"),
         ("checkpoints", "feature_queue"),
         ("fused", "sinkhorn"),
         ("fused", "swapped_prediction"),
+        ("fused", "swav_statistics"),
         ("sharded", "prototypes"),
         ("sharded", "sinkhorn"),
         ("sharded", "swapped_prediction"),
+        ("sharded", "swav_statistics"),
+        ("swav_statistics", "swapped_prediction"),
     }
 
 

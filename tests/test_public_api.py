@@ -76,8 +76,11 @@ CALLS = {
     "SwAVLoss.check_ranks": "(self)",
     "SwAVLoss.reset_parameters": "(self)",
     "SwAVLoss.forward": "(self, features, *, code_features=None, code_prototypes=None, "
-    "sample_weight=None, return_details=False)",
+    "sample_weight=None, return_details=False, return_statistics=False)",
     "SwAVDetails": "(codes, scores)",
+    "SwAVStatistics": "(samples, code_usage, assigned, code_entropy, prediction_entropy, "
+    "code_rows, prediction_rows, agreeing, pairs)",
+    "cluster_statistics": "(scores, codes, *, temperature=0.1, sample_weight=None)",
     "sharded_state_dict": "(module, *, checkpoint=None, process_group=None)",
     "load_sharded_state_dict": "(module, state_dict, *, strict=True, process_group=None)",
 }

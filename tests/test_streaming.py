@@ -737,9 +737,9 @@ def test_a_gradient_that_nobody_wants_is_not_formed(
     original = fused_loss._loss
 
     def spy(*inputs: Any) -> Any:
-        loss, gradients = original(*inputs)
+        loss, gradients, statistics = original(*inputs)
         formed.extend(gradient.numel() for gradient in gradients)
-        return loss, gradients
+        return loss, gradients, statistics
 
     monkeypatch.setattr(fused_loss, "_loss", spy)
     streamed, full = streamed_and_full()

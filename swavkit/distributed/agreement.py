@@ -143,6 +143,18 @@ def checksum(values: Tensor) -> Tensor:
     return (of_rows * odd).sum() % 2**52
 
 
+def checksum_of_all(matrices: Sequence[Tensor | None]) -> Tensor | None:
+    """Return one checksum of several matrices and of the places without one; ``None`` of none."""
+    checksums = [None if matrix is None else checksum(matrix) for matrix in matrices]
+    known = [each for each in checksums if each is not None]
+    if not known:
+        return None
+    absent = torch.full_like(known[0], 2**52)  # above every checksum
+    return checksum(
+        torch.stack([absent if each is None else each for each in checksums]).unsqueeze(1)
+    )
+
+
 def _encoded(value: Any) -> float:
     if value is None:
         return math.nan

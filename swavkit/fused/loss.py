@@ -41,6 +41,7 @@ from swavkit.sinkhorn.iterations import find_u
 from swavkit.sinkhorn.kernel import Kernel
 from swavkit.sinkhorn.marginals import target_marginal
 from swavkit.swapped_prediction import errors_of_samples
+from swavkit.swav_statistics import SwAVStatistics, block_statistics, observed_rows, summed
 
 if TYPE_CHECKING:
     from swavkit.distributed.collectives import ProcessGroup
@@ -59,8 +60,9 @@ def fused_losses(
     settings: Settings,
     group: ProcessGroup | None,
     most_bytes_of_kernels: int,
-) -> list[Tensor]:
-    """Return the loss of each head.
+    statistics: bool,
+) -> list[tuple[Tensor, SwAVStatistics | None]]:
+    """Return the loss of each head, with ``statistics`` also those of its codes and predictions.
 
     Args:
         factors: The features and the prototypes of each head, in one dtype: (V, B, D) unit rows,
@@ -76,6 +78,7 @@ def fused_losses(
         settings: The settings of :func:`~swavkit.sinkhorn_knopp`.
         group: The ranks that share the batch for codes.
         most_bytes_of_kernels: The kernels of all heads are kept if together they take at most this.
+        statistics: Whether statistics are requested.
 
     Returns:
         Scalars in float32, or float64 for float64 features.
@@ -108,12 +111,14 @@ def fused_losses(
             group,
         )
         results = [
-            _loss(scores, kernel, sample_weight, temperature, settings.hard, *needed)
+            _loss(scores, kernel, sample_weight, temperature, settings.hard, statistics, *needed)
             for scores, kernel, needed in zip(head_scores, kernels, needs_gradients, strict=True)
         ]
     return [
-        attach_gradients(loss, loss.new_ones(()), gradients, pair) if any(needed) else loss
-        for pair, (loss, gradients), needed in zip(factors, results, needs_gradients, strict=True)
+        (attach_gradients(loss, loss.new_ones(()), gradients, pair) if any(needed) else loss, seen)
+        for pair, (loss, gradients, seen), needed in zip(
+            factors, results, needs_gradients, strict=True
+        )
     ]
 
 
@@ -128,10 +133,14 @@ def _loss(
     sample_weight: Tensor | None,
     temperature: float | Tensor,
     hard: bool,
+    statistics: bool,
     needs_features: bool,
     needs_directions: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Return the loss and its gradients for features and directions, empty if not needed."""
+) -> tuple[Tensor, tuple[Tensor, Tensor], SwAVStatistics | None]:
+    """Return the loss, its gradients for features and directions, and the statistics.
+
+    Gradients that are not needed are empty.
+    """
     features, directions = scores.features, scores.directions
     views = len(features)
     inverse_temperature = 1 / traceable(temperature, features.device)
@@ -144,6 +153,7 @@ def _loss(
     features_gradient = pair_weight.new_zeros(features.shape if needs_features else (0,))
     directions_gradient = pair_weight.new_zeros(directions.shape if needs_directions else (0,))
     loss = pair_weight.new_zeros(())
+    seen: list[SwAVStatistics] = []
     for rows, parts in scores.blocks:
         block_scores = scores.of(features[:, rows])  # (V, b, K)
         code_scores = scores.code_scores(kernel, rows, block_scores)  # (A, b, K)
@@ -151,13 +161,20 @@ def _loss(
             inside = slice(part.start - rows.start, part.stop - rows.start)
             part_scores = block_scores[:, inside]
             codes = scores.codes(kernel, part, code_scores[:, inside])
+            if hard:
+                codes = [one_hot(code) for code in codes]
+            weight = None if sample_weight is None else sample_weight[part]
+            nearest, entropies = observed_rows(part_scores) if statistics else (None, None)
             errors, scale = errors_of_samples(
                 part_scores,
-                [one_hot(code) for code in codes] if hard else codes,
+                codes,
                 inverse_temperature,
-                None if sample_weight is None else sample_weight[part],
+                weight,
                 part_scores if needs_features or needs_directions else None,
+                entropies,
             )
+            if nearest is not None and entropies is not None:
+                seen.append(block_statistics(nearest, entropies, codes, weight))
             loss += (pair_weight[part] * errors).sum()
             if scale is not None:
                 factor[part] /= scale
@@ -175,4 +192,4 @@ def _loss(
                 directions_gradient.addmm_(residual.T, weighted)
             else:
                 directions_gradient += residual.T @ weighted
-    return loss, (features_gradient, directions_gradient)
+    return loss, (features_gradient, directions_gradient), summed(seen) if statistics else None

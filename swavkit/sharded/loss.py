@@ -32,6 +32,7 @@ from swavkit._autograd import attach_gradients
 from swavkit._tensors import at_least_float32, autocast_disabled
 from swavkit.distributed.collectives import (
     gather_over_ranks,
+    in_one_collective,
     max_over_ranks,
     rank_and_size,
     sum_over_ranks,
@@ -41,6 +42,12 @@ from swavkit.sinkhorn.kernel import (
     nan_mask_of,
     over_prototypes,
     over_samples,
+)
+from swavkit.swav_statistics import (
+    SwAVStatistics,
+    row_entropies,
+    statistics_of_rows,
+    valid_weights,
 )
 
 if TYPE_CHECKING:
@@ -223,6 +230,55 @@ def sharded_losses(
     return attach_gradients(losses, pair_weight / temperature, [residual], [scores])
 
 
+@torch.no_grad()
+def sharded_statistics(
+    scores: Tensor,
+    codes: Tensor,
+    weight: Tensor,
+    *,
+    held: slice,
+    num_prototypes: int,
+    temperature: float | Tensor,
+    layout: BatchLayout,
+) -> SwAVStatistics:
+    """Return the statistics of this rank's samples, as if it had the columns of all prototypes.
+
+    Args:
+        scores: (V, N, k) scores of all samples with the prototypes of this rank; k may be 0.
+        codes: (A, N, k).
+        weight: (N,) multiplicities.
+        held: The prototypes of this rank.
+        num_prototypes: K.
+        temperature: τ.
+        layout: The samples of each rank.
+    """
+    with autocast_disabled(scores.device):
+        logits = scores.to(at_least_float32(scores.dtype)) / temperature
+        nearest, largest = nearest_over_ranks(logits, held.start, layout.group)  # (V, N)
+        logits -= largest.unsqueeze(-1)
+        exponentials = logits.exp()
+        codes = codes.to(logits.dtype)
+        sums = [exponentials.sum(dim=-1), logits.mul_(exponentials).nansum(dim=-1)]
+        total, weighted, code_entropies = in_one_collective(
+            sum_over_ranks, [*sums, row_entropies(codes)], layout.group
+        )
+        entropies = total.log() - weighted / total
+        code_weight = valid_weights(code_entropies, weight.to(logits.dtype))  # (A, N)
+        counted = (codes * code_weight.unsqueeze(-1)).nansum(dim=0)  # 0 · NaN is 0 here
+        usage = logits.new_zeros(len(layout.sizes), num_prototypes)
+        for row, part in zip(usage, torch.split(counted, layout.sizes), strict=True):
+            row[held] = part.sum(dim=0)
+        rank, _ = rank_and_size(layout.group)
+        own = layout.own()
+        return statistics_of_rows(
+            nearest[:, own],
+            entropies[:, own],
+            code_entropies[:, own],
+            sum_over_ranks(usage, layout.group)[rank].clone(),  # without the rows of the others
+            weight[own].to(logits.dtype),
+        )
+
+
 class _Gathered(torch.autograd.Function):
     """See :func:`gathered`. Ranks may have different numbers of rows."""
 
@@ -275,6 +331,27 @@ def _targets(codes: Tensor, views: int) -> Iterator[tuple[int, Tensor]]:
             yield view, target_of_all
         elif others:
             yield view, reduce(torch.add, others)
+
+
+def nearest_over_ranks(
+    scores: Tensor, first: int, group: ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Return the index among all prototypes, and the value, of the largest score of each row.
+
+    Args:
+        scores: (..., k) scores with the prototypes of this rank.
+        first: The index of the first of them.
+        group: The ranks that have the other prototypes.
+
+    Returns:
+        (...,) int64 and (...,) in the dtype of the scores.
+    """
+    largest = gather_over_ranks(largest_of_rows(scores), group)
+    nearest = torch.zeros(scores.shape[:-1], dtype=torch.int64, device=scores.device)
+    if scores.shape[-1]:
+        nearest = scores.argmax(dim=-1) + first
+    best_rank = largest.argmax(dim=0, keepdim=True)
+    return gather_over_ranks(nearest, group).gather(0, best_rank)[0], largest.amax(dim=0)
 
 
 def largest_of_rows(entries: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from swavkit._prediction_errors import normalized_weights
 from swavkit._tensors import at_least_float32
 from swavkit.distributed.collectives import (
     GroupHandle,
-    gather_over_ranks,
     is_sharded,
     local_part,
     participants,
@@ -33,10 +32,11 @@ from swavkit.sharded.loss import (
     BatchLayout,
     batch_layout,
     gathered,
-    largest_of_rows,
+    nearest_over_ranks,
     own_part,
     sharded_codes,
     sharded_losses,
+    sharded_statistics,
 )
 from swavkit.sinkhorn.marginals import target_marginal
 from swavkit.sinkhorn.module import SinkhornKnopp
@@ -129,12 +129,8 @@ class ShardedPrototypeLayer(PrototypeLayer):
         rows = unit.flatten(0, -2) if unit.dim() > 1 else unit[None]
         layout = batch_layout(len(rows), None, rows.device, self._participants())
         scores = F.linear(gathered(rows, layout), directions)
-        nearest = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
-        if len(directions):
-            nearest = scores.argmax(dim=-1) + self._held.start
-        best_rank = gather_over_ranks(largest_of_rows(scores), layout.group).argmax(dim=0)
-        chosen = gather_over_ranks(nearest, layout.group).gather(0, best_rank[None])
-        return own_part(chosen[0], layout).view(features.shape[:-1])
+        nearest, _ = nearest_over_ranks(scores, self._held.start, layout.group)
+        return own_part(nearest, layout).view(features.shape[:-1])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         """Load this rank's rows of the weight, also from a weight that is not sharded."""
@@ -166,12 +162,11 @@ def sharded_head_losses(
     group: ProcessGroup | None,
     *,
     memory: str,
-    details: bool,
 ) -> list[HeadLoss]:
-    """Return the loss of each sharded head, with ``details`` also its codes and scores.
+    """Return the loss of each sharded head, and its details and statistics if requested.
 
-    Codes (A, N, K) and scores (V, N, K) contain the samples of all ranks. They are ``DTensor``
-    sharded over the prototypes.
+    Codes (A, N, K) and scores (V, N, K) of the details contain the samples of all ranks. They are
+    ``DTensor`` sharded over the prototypes. Statistics are those of the samples of this rank.
     """
     if group is None:
         raise RuntimeError(
@@ -213,6 +208,7 @@ def sharded_head_losses(
         weight = batch.sample_weight.detach().to(normalized_weight.dtype)
     both_weights = torch.stack([weight, normalized_weight], dim=1).detach()
     weight, normalized_weight = gathered(both_weights, layout).unbind(dim=1)
+    sample_weight = weight  # (N,)
     features = gathered(batch.features, layout)  # (V, N, D)
     code_features = None
     if batch.code_features is not None:
@@ -256,9 +252,19 @@ def sharded_head_losses(
             scores, codes, normalized_weight, temperature=temperature, group=group
         )
         head_loss = own_part(sample_losses, layout).sum()
-        if details:
+        of_codes = seen = None
+        if batch.details:
             both = (sharded(values, 2, head.num_prototypes, group) for values in (codes, scores))
-            results.append(HeadLoss(head_loss, SwAVDetails(*(values.detach() for values in both))))
-        else:
-            results.append(HeadLoss(head_loss))
+            of_codes = SwAVDetails(*(values.detach() for values in both))
+        if batch.statistics:
+            seen = sharded_statistics(
+                scores.detach(),
+                codes,
+                sample_weight,
+                held=head._held,
+                num_prototypes=head.num_prototypes,
+                temperature=temperature,
+                layout=layout,
+            )
+        results.append(HeadLoss(head_loss, of_codes, seen))
     return results
