@@ -20,11 +20,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swavkit._tensors import at_least_float32, scaled_sum
+from swavkit._tensors import at_least_float32, on_cpu, scaled_sum
 
 # The entries of a residual range from the mass of its target down to 1/K of it. With this largest
 # entry, 1/K of it is in the range of float16 for every K that fits in memory.
 _LARGEST_RESIDUAL_IN_FLOAT16 = 256.0
+
+# A CPU finds the largest entry of a row several times as fast by the largest one of each chunk.
+_ENTRIES_OF_A_CHUNK = 64
 
 
 class Target(NamedTuple):
@@ -42,13 +45,34 @@ class Target(NamedTuple):
     mass: Tensor
 
 
+class ObservedRows(NamedTuple):
+    """Memory for what the statistics need to know of each row.
+
+    Attributes:
+        nearest: (V, b) int64, the index of the largest entry of each row of scores, the first if
+            several are.
+        entropies: (V, b) of the predictions, in nats; not finite if the row of scores has a NaN,
+            +inf, or -inf only.
+        code_entropies: (A, b) of the codes; not finite if the row is not.
+        code_usage: (K,), the sum over rows of the codes.
+        weight: (b,), given, the weights in that sum.
+    """
+
+    nearest: Tensor
+    entropies: Tensor
+    code_entropies: Tensor
+    code_usage: Tensor
+    weight: Tensor
+
+
 def prediction_errors(
     scores: Tensor,
     targets: Sequence[Target],
     inverse_temperature: float | Tensor,
     residual: Tensor | None = None,
     scale: Tensor | None = None,
-    entropies: Tensor | None = None,
+    observed: ObservedRows | None = None,
+    memory: Tensor | None = None,
 ) -> Tensor:
     """Return Σ_v [ n_v · logsumexp(S_v/τ) - ⟨T_v, S_v⟩/τ ] for some samples, (b,).
 
@@ -58,10 +82,15 @@ def prediction_errors(
         inverse_temperature: 1/τ.
         residual: (v, b, K), overwritten with T_v - n_v · softmax(S_v/τ); may be ``scores`` itself.
         scale: (b,), a factor of the residual, applied before it is rounded to its dtype.
-        entropies: (v, b), overwritten with the entropies of softmax(S_v/τ) in nats.
+        observed: ``nearest`` and ``entropies`` (v, b) are overwritten.
+        memory: (v, b, K) in the dtype of the arithmetic, overwritten, if rows are observed.
     """
     dtype = targets[0].mass.dtype
-    largest = scores.amax(dim=-1, keepdim=True).to(dtype)
+    if observed is None:
+        largest = scores.amax(dim=-1, keepdim=True).to(dtype)
+    else:
+        largest, nearest = _largest(scores)
+        largest, _ = largest.to(dtype), observed.nearest.copy_(nearest.squeeze(-1))
     shift = largest * -inverse_temperature
     if residual is not None and residual.dtype == dtype:
         logits = residual
@@ -69,24 +98,24 @@ def prediction_errors(
         logits = torch.empty(scores.shape, dtype=dtype, device=scores.device)
     scaled_sum(shift, scores, inverse_temperature, out=logits)  # at most 0, up to rounding
     agreements = [_agreement(target, logits[target.views]) for target in targets]
-    predictions = torch.softmax(logits, dim=-1, out=logits if entropies is None else None)
+    predictions = torch.softmax(logits, dim=-1, out=logits if observed is None else memory)
     # logsumexp is the largest logit minus the logarithm of its softmax.
     log_sums = scaled_sum(shift, largest, inverse_temperature)
     log_sums = (log_sums - predictions.amax(dim=-1, keepdim=True).log_()).squeeze(-1)  # (v, b)
-    if entropies is not None:
+    if observed is not None:
         # 0 · -inf is 0 here too.
-        torch.sub(log_sums, logits.mul_(predictions).nansum(dim=-1), out=entropies)
+        torch.sub(log_sums, logits.mul_(predictions).nansum(dim=-1), out=observed.entropies)
     errors = [
         target.mass * _over_views(log_sums[target.views], target.mass) - agreement
         for target, agreement in zip(targets, agreements, strict=True)
     ]
     if residual is not None:
         for target in targets:
-            _subtract(predictions[target.views], target)
+            _residual(predictions[target.views], target, logits[target.views])
         if scale is not None:
-            predictions.mul_(scale.unsqueeze(-1))
-        if predictions is not residual:
-            residual.copy_(predictions)
+            logits.mul_(scale.unsqueeze(-1))
+        if logits is not residual:
+            residual.copy_(logits)
     return reduce(torch.add, errors)
 
 
@@ -107,13 +136,48 @@ def _over_views(values: Tensor, like: Tensor) -> Tensor:
     return values[0] if len(values) == 1 else values.sum(dim=0)
 
 
-def _subtract(predictions: Tensor, target: Target) -> None:
-    """Overwrite predictions with T - n · predictions."""
+def _residual(predictions: Tensor, target: Target, out: Tensor) -> None:
+    """Write T - n · predictions to ``out``, which may be the predictions."""
     mass = target.mass.unsqueeze(-1)
     if target.values.is_floating_point():
-        torch.addcmul(target.values, predictions, mass, value=-1, out=predictions)
+        torch.addcmul(target.values, predictions, mass, value=-1, out=out)
     else:
-        predictions.mul_(-mass).scatter_add_(-1, target.values.unsqueeze(-1), mass)
+        torch.mul(predictions, -mass, out=out).scatter_add_(-1, target.values.unsqueeze(-1), mass)
+
+
+def observe_codes(codes: Sequence[Tensor], observed: ObservedRows, memory: Tensor) -> None:
+    """Overwrite the entropies and the usage of A codes (b, K), and ``memory`` (b, K)."""
+    observed.code_usage.zero_()
+    for code, entropies in zip(codes, observed.code_entropies, strict=True):
+        entropies.copy_(row_entropies(code, memory))
+        weight = torch.where(entropies.isfinite(), observed.weight, 0).unsqueeze(-1)
+        observed.code_usage.add_(torch.mul(code, weight, out=memory).nansum(dim=0))  # 0 · NaN is 0
+
+
+def row_entropies(codes: Tensor, memory: Tensor | None = None) -> Tensor:
+    """Return the entropy of each row of codes (..., K), in nats; not finite if the row is not."""
+    masses = codes.sum(dim=-1)
+    not_finite = masses - masses  # 0 or NaN
+    # 0 · ln 0 is 0 here.
+    return not_finite - torch.log(codes, out=memory).mul_(codes).nansum(dim=-1)
+
+
+def _largest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest entry of each row and its index, (..., 1), the first if several are."""
+    prototypes = scores.shape[-1]
+    if not on_cpu(scores) or prototypes < 4 * _ENTRIES_OF_A_CHUNK:
+        return scores.max(dim=-1, keepdim=True)
+    whole = prototypes // _ENTRIES_OF_A_CHUNK
+    divided = scores[..., : whole * _ENTRIES_OF_A_CHUNK]
+    chunks = divided.view(*scores.shape[:-1], whole, _ENTRIES_OF_A_CHUNK).amax(dim=-1)
+    rest = scores[..., whole * _ENTRIES_OF_A_CHUNK :]
+    if rest.shape[-1]:
+        chunks = torch.cat([chunks, rest.amax(dim=-1, keepdim=True)], dim=-1)
+    largest, chunk = chunks.max(dim=-1, keepdim=True)
+    first = chunk * _ENTRIES_OF_A_CHUNK
+    indices = first + torch.arange(_ENTRIES_OF_A_CHUNK, device=scores.device)
+    entries = scores.gather(-1, indices.clamp_(max=prototypes - 1))
+    return largest, first + entries.argmax(dim=-1, keepdim=True)
 
 
 def residual_scale(mass: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -30,8 +30,10 @@ from torch import Tensor, nn
 from swavkit import _checks
 from swavkit._autograd import attach_gradients
 from swavkit._prediction_errors import (
+    ObservedRows,
     Target,
     normalized_weights,
+    observe_codes,
     prediction_errors,
     residual_scale,
 )
@@ -186,7 +188,7 @@ def errors_of_samples(
     inverse_temperature: float | Tensor,
     sample_weight: Tensor | None,
     residuals: Views | None,
-    entropies: Tensor | None = None,
+    observed: ObservedRows | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return Σ_v [ n_v · logsumexp_k(S_v/τ) - ⟨T_v, S_v⟩/τ ], (b,), and the scale of residuals.
 
@@ -197,7 +199,7 @@ def errors_of_samples(
         sample_weight: (b,), or ``None``. Errors and residuals are 0 where it is 0.
         residuals: Like ``scores``, overwritten with T_v - n_v · softmax(S_v/τ), times the scale,
             (b,), if there is one; may be the ``scores`` themselves.
-        entropies: (V, b), overwritten with the entropies of softmax(S_v/τ) in nats.
+        observed: Overwritten, if rows are observed.
     """
     dtype = at_least_float32(scores[0].dtype)
     zero_weight_mask = None if sample_weight is None else sample_weight == 0
@@ -207,14 +209,23 @@ def errors_of_samples(
     scale = residual_scale(of_all.mass, scores[0].dtype)
     errors: list[Tensor] = []
     alone = len(codes) == 1  # the first view has nothing to predict
-    if alone and entropies is not None:
-        nothing = Target(0, torch.zeros_like(codes[0]), torch.zeros_like(of_all.mass))
-        prediction_errors(
-            _together(scores, range(1)), [nothing], inverse_temperature, entropies=entropies[:1]
-        )
     if alone and residuals is not None:
         residuals[0].zero_()
-    for views in _groups(scores, int(alone)):
+    groups = _groups(scores, int(alone))
+    memory = None
+    if observed is not None:
+        memory = empty((len(groups[0]), *target_of_all.shape), dtype, scores[0])
+        observe_codes(codes, observed, memory[0])
+        if alone:
+            nothing = Target(0, torch.zeros_like(codes[0]), torch.zeros_like(of_all.mass))
+            prediction_errors(
+                _together(scores, range(1)),
+                [nothing],
+                inverse_temperature,
+                observed=_rows_of(observed, range(1)),
+                memory=memory[:1],
+            )
+    for views in groups:
         residual = None if residuals is None else _together(residuals, views)
         targets = _targets(codes, of_all, views)
         errors.append(
@@ -224,7 +235,8 @@ def errors_of_samples(
                 inverse_temperature,
                 residual,
                 scale,
-                None if entropies is None else entropies[views.start : views.stop],
+                None if observed is None else _rows_of(observed, views),
+                memory,
             )
         )
         if zero_weight_mask is not None and residual is not None:
@@ -250,6 +262,12 @@ def _together(views: Views, group: range) -> Tensor:
     if isinstance(views, Tensor):
         return views[group.start : group.stop]
     return views[group.start].unsqueeze(0)
+
+
+def _rows_of(observed: ObservedRows, group: range) -> ObservedRows:
+    """Return the rows of the views of a group."""
+    views = slice(group.start, group.stop)
+    return observed._replace(nearest=observed.nearest[views], entropies=observed.entropies[views])
 
 
 def _targets(codes: Sequence[Tensor], of_all: Target, group: range) -> list[Target]:

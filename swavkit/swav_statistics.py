@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from swavkit import _checks
-from swavkit._tensors import at_least_float32, autocast_disabled, on_cpu, traceable
+from swavkit._prediction_errors import ObservedRows
+from swavkit._tensors import at_least_float32, autocast_disabled, traceable
 from swavkit.swapped_prediction import Views, check_pairing, errors_of_samples
 
 __all__ = ["SwAVStatistics", "cluster_statistics"]
 
 _SCORES_OF_A_BLOCK = 2**23
-
-# A CPU finds the largest entry of a row 9 times as fast by the largest one of each chunk.
-_ENTRIES_OF_A_CHUNK = 64
 
 
 class SwAVStatistics(NamedTuple):
@@ -105,64 +103,34 @@ def cluster_statistics(
                 block = scores[:, rows]  # whose views are computed together
             block_codes = [code[rows] for code in code_views]
             weight = None if sample_weight is None else sample_weight[rows]
-            nearest, entropies = observed_rows(block)
-            errors_of_samples(block, block_codes, inverse_temperature, weight, None, entropies)
-            sums.append(block_statistics(nearest, entropies, block_codes, weight))
+            observed = rows_to_observe(block, block_codes, weight)
+            errors_of_samples(block, block_codes, inverse_temperature, weight, None, observed)
+            sums.append(block_statistics(observed))
     return summed(sums)
 
 
-def observed_rows(scores: Views) -> tuple[Tensor, Tensor]:
-    """Return the nearest prototypes of the rows of scores, and memory for their entropies.
-
-    Args:
-        scores: (V, b, K), or V tensors (b, K).
-
-    Returns:
-        (V, b) int64, and an uninitialized (V, b) tensor for ``errors_of_samples``.
-    """
-    if isinstance(scores, Tensor):
-        nearest = _nearest(scores)
-    else:
-        nearest = torch.stack([_nearest(view) for view in scores])
-    return nearest, torch.empty_like(nearest, dtype=at_least_float32(scores[0].dtype))
-
-
-def block_statistics(
-    nearest: Tensor,
-    entropies: Tensor,
-    codes: Sequence[Tensor],
-    sample_weight: Tensor | None,
-) -> SwAVStatistics:
-    """Return the statistics of some samples.
-
-    Args:
-        nearest: (V, b) int64, the index of the largest entry of each row of scores.
-        entropies: (V, b) of the predictions; not finite if the row of scores is not valid.
-        codes: A tensors (b, K).
-        sample_weight: (b,), or ``None``.
-    """
-    dtype = entropies.dtype
-    code_entropies = torch.stack([row_entropies(code.to(dtype)) for code in codes])
-    weight = _weights(sample_weight, entropies)
-    usage = [
-        # 0 · NaN is 0 here.
-        (code * rows.unsqueeze(-1)).nansum(dim=0, dtype=dtype)
-        for code, rows in zip(codes, valid_weights(code_entropies, weight), strict=True)
-    ]
-    return statistics_of_rows(nearest, entropies, code_entropies, reduce(torch.add, usage), weight)
+def rows_to_observe(
+    scores: Views, codes: Sequence[Tensor], sample_weight: Tensor | None
+) -> ObservedRows:
+    """Return memory for the rows of V scores and A codes of some samples, (b, K) each."""
+    samples, prototypes = scores[0].shape
+    dtype, device = at_least_float32(scores[0].dtype), scores[0].device
+    weight = torch.ones(samples, dtype=dtype, device=device)
+    return ObservedRows(
+        nearest=torch.empty(len(scores), samples, dtype=torch.int64, device=device),
+        entropies=weight.new_empty(len(scores), samples),
+        code_entropies=weight.new_empty(len(codes), samples),
+        code_usage=weight.new_empty(prototypes),
+        weight=weight if sample_weight is None else sample_weight.to(dtype),
+    )
 
 
-def statistics_of_rows(
-    nearest: Tensor,
-    entropies: Tensor,
-    code_entropies: Tensor,
-    code_usage: Tensor,
-    weight: Tensor,
-) -> SwAVStatistics:
-    """Return the statistics given those of each row, with (b,) ``weight``."""
+def block_statistics(observed: ObservedRows) -> SwAVStatistics:
+    """Return the statistics of some samples, given their rows."""
+    nearest, entropies, code_entropies, code_usage, weight = observed
     code_views = len(code_entropies)
-    rows = valid_weights(entropies, weight)  # (V, b)
-    code_rows = valid_weights(code_entropies, weight)  # (A, b)
+    rows = _valid_weights(entropies, weight)  # (V, b)
+    code_rows = _valid_weights(code_entropies, weight)  # (A, b)
     # Each pair i < v of two code views counts twice.
     pairs, agreeing = weight.new_zeros(()), weight.new_zeros(())
     for view in range(code_views):
@@ -193,35 +161,6 @@ def summed(statistics: Sequence[SwAVStatistics]) -> SwAVStatistics:
     return SwAVStatistics(*(reduce(torch.add, values) for values in zip(*statistics, strict=True)))
 
 
-def _weights(sample_weight: Tensor | None, like: Tensor) -> Tensor:
-    if sample_weight is None:
-        return like.new_ones(like.shape[-1])
-    return sample_weight.to(like.dtype)
-
-
-def valid_weights(entropies: Tensor, weight: Tensor) -> Tensor:
+def _valid_weights(entropies: Tensor, weight: Tensor) -> Tensor:
     """Return the weights of rows, (..., b), with zeros where an entropy is not finite."""
     return torch.where(entropies.isfinite(), weight, 0)
-
-
-def row_entropies(codes: Tensor) -> Tensor:
-    """Return the entropy of each row of codes, (b,), in nats; not finite if the row is not."""
-    tiny = torch.finfo(codes.dtype).tiny  # its logarithm is finite, so 0 · ln 0 is 0
-    return -codes.clamp_min(tiny).log_().mul_(codes).sum(dim=-1)
-
-
-def _nearest(scores: Tensor) -> Tensor:
-    """Return the index of the largest entry of each row, (...,) int64, the first if several are."""
-    prototypes = scores.shape[-1]
-    if not on_cpu(scores) or prototypes < 4 * _ENTRIES_OF_A_CHUNK:
-        return scores.argmax(dim=-1)
-    whole = prototypes // _ENTRIES_OF_A_CHUNK
-    divided = scores[..., : whole * _ENTRIES_OF_A_CHUNK]
-    chunks = divided.view(*scores.shape[:-1], whole, _ENTRIES_OF_A_CHUNK).amax(dim=-1)
-    rest = scores[..., whole * _ENTRIES_OF_A_CHUNK :]
-    if rest.shape[-1]:
-        chunks = torch.cat([chunks, rest.amax(dim=-1, keepdim=True)], dim=-1)
-    first = chunks.argmax(dim=-1, keepdim=True) * _ENTRIES_OF_A_CHUNK
-    indices = first + torch.arange(_ENTRIES_OF_A_CHUNK, device=scores.device)
-    in_chunk = scores.gather(-1, indices.clamp_(max=prototypes - 1)).argmax(dim=-1)
-    return first.squeeze(-1) + in_chunk

@@ -41,7 +41,7 @@ from swavkit.sinkhorn.iterations import find_u
 from swavkit.sinkhorn.kernel import Kernel
 from swavkit.sinkhorn.marginals import target_marginal
 from swavkit.swapped_prediction import errors_of_samples
-from swavkit.swav_statistics import SwAVStatistics, block_statistics, observed_rows, summed
+from swavkit.swav_statistics import SwAVStatistics, block_statistics, rows_to_observe, summed
 
 if TYPE_CHECKING:
     from swavkit.distributed.collectives import ProcessGroup
@@ -164,17 +164,17 @@ def _loss(
             if hard:
                 codes = [one_hot(code) for code in codes]
             weight = None if sample_weight is None else sample_weight[part]
-            nearest, entropies = observed_rows(part_scores) if statistics else (None, None)
+            observed = rows_to_observe(part_scores, codes, weight) if statistics else None
             errors, scale = errors_of_samples(
                 part_scores,
                 codes,
                 inverse_temperature,
                 weight,
                 part_scores if needs_features or needs_directions else None,
-                entropies,
+                observed,
             )
-            if nearest is not None and entropies is not None:
-                seen.append(block_statistics(nearest, entropies, codes, weight))
+            if observed is not None:
+                seen.append(block_statistics(observed))
             loss += (pair_weight[part] * errors).sum()
             if scale is not None:
                 factor[part] /= scale

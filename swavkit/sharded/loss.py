@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from swavkit._autograd import attach_gradients
+from swavkit._prediction_errors import ObservedRows, row_entropies
 from swavkit._tensors import at_least_float32, autocast_disabled
 from swavkit.distributed.collectives import (
     gather_over_ranks,
@@ -43,12 +44,7 @@ from swavkit.sinkhorn.kernel import (
     over_prototypes,
     over_samples,
 )
-from swavkit.swav_statistics import (
-    SwAVStatistics,
-    row_entropies,
-    statistics_of_rows,
-    valid_weights,
-)
+from swavkit.swav_statistics import SwAVStatistics, block_statistics
 
 if TYPE_CHECKING:
     from swavkit.distributed.collectives import ProcessGroup
@@ -263,19 +259,22 @@ def sharded_statistics(
             sum_over_ranks, [*sums, row_entropies(codes)], layout.group
         )
         entropies = total.log() - weighted / total
-        code_weight = valid_weights(code_entropies, weight.to(logits.dtype))  # (A, N)
+        weight = weight.to(logits.dtype)
+        code_weight = torch.where(code_entropies.isfinite(), weight, 0)  # (A, N)
         counted = (codes * code_weight.unsqueeze(-1)).nansum(dim=0)  # 0 · NaN is 0 here
         usage = logits.new_zeros(len(layout.sizes), num_prototypes)
         for row, part in zip(usage, torch.split(counted, layout.sizes), strict=True):
             row[held] = part.sum(dim=0)
         rank, _ = rank_and_size(layout.group)
         own = layout.own()
-        return statistics_of_rows(
-            nearest[:, own],
-            entropies[:, own],
-            code_entropies[:, own],
-            sum_over_ranks(usage, layout.group)[rank].clone(),  # without the rows of the others
-            weight[own].to(logits.dtype),
+        return block_statistics(
+            ObservedRows(
+                nearest[:, own],
+                entropies[:, own],
+                code_entropies[:, own],
+                sum_over_ranks(usage, layout.group)[rank].clone(),  # without the other rows
+                weight[own],
+            )
         )
 
 
