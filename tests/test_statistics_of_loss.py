@@ -255,7 +255,7 @@ def test_with_details_they_come_last(form: str, sizes: Any) -> None:
 def test_the_loss_comes_alone_unless_they_are_asked_for() -> None:
     criterion = criterion_of("auto")
     assert isinstance(criterion(features_of(), return_statistics=False), Tensor)
-    loss, details = criterion(features_of(), return_details=True, return_statistics=False)
+    _, details = criterion(features_of(), return_details=True, return_statistics=False)
     assert isinstance(details, SwAVDetails)
 
 
