@@ -283,3 +283,64 @@ def swav_loss(
     if queue is not None:
         queue.push(np.stack([unit_rows(view) for view in code_features]))
     return loss(scores, np.stack(codes), temperature)
+
+
+def cluster_statistics(
+    scores: np.ndarray,
+    codes: np.ndarray,
+    temperature: float,
+    sample_weight: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """Return the sums that tell of a step, of scores (V, B, K) and codes (A, B, K).
+
+    A sample counts as often as its weight says, and one of weight 0 not at all. A row of scores
+    with NaN, with +inf or with -inf only counts nowhere, nor does a row of codes that is not
+    finite. Of several largest entries the first is taken.
+    """
+    views, samples, prototypes = scores.shape
+    weight = np.ones(samples) if sample_weight is None else np.asarray(sample_weight, float)
+    found = {name: np.zeros(prototypes) for name in ("code_usage", "assigned")}
+    found |= {
+        name: np.zeros(())
+        for name in (
+            "samples",
+            "code_entropy",
+            "prediction_entropy",
+            "code_rows",
+            "prediction_rows",
+            "agreeing",
+            "pairs",
+        )
+    }
+    for sample in range(samples):
+        times = weight[sample]
+        if times == 0:
+            continue
+        found["samples"] += times
+        nearest: list[int | None] = []
+        for view in range(views):
+            row = scores[view, sample]
+            if np.isnan(row).any() or row.max() in (np.inf, -np.inf):
+                nearest.append(None)
+                continue
+            nearest.append(int(np.flatnonzero(row == row.max())[0]))
+            logits = row / temperature
+            log_prediction = logits - log_sum_exp(logits)
+            for each in log_prediction[log_prediction > -np.inf]:
+                found["prediction_entropy"] -= times * math.exp(each) * each
+            found["prediction_rows"] += times
+        for view, code in enumerate(codes[:, sample]):
+            if nearest[view] is not None:
+                found["assigned"][nearest[view]] += times
+            for other in range(views):
+                if other == view or nearest[view] is None or nearest[other] is None:
+                    continue
+                found["pairs"] += times
+                found["agreeing"] += times * (nearest[view] == nearest[other])
+            if not np.isfinite(code).all():
+                continue
+            found["code_usage"] += times * code
+            for each in code[code > 0]:  # 0 · log 0 is 0
+                found["code_entropy"] -= times * each * math.log(each)
+            found["code_rows"] += times
+    return found
