@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from swavkit import SinkhornKnopp
-from swavkit.cluster_statistics import SwAVStatistics, cluster_statistics
+from swavkit.swav_statistics import SwAVStatistics, cluster_statistics
 from tests import oracles, tolerances
 from tests.bad_input import BAD_SAMPLE_WEIGHTS
 from tests.modes import RefuseSynchronisation

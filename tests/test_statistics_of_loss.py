@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from benchmarks.kernels import operations
 from swavkit import PrototypeLayer, SwAVDetails, SwAVLoss, _head_losses
-from swavkit.cluster_statistics import SwAVStatistics, cluster_statistics
+from swavkit.swav_statistics import SwAVStatistics, cluster_statistics
 from tests.modes import LargestTensor, RefuseSynchronisation
 from tests.states import same, snapshot
 from tests.test_streaming import blocks_of

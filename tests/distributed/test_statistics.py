@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from swavkit import PrototypeLayer, SwAVLoss, _head_losses
-from swavkit.cluster_statistics import SwAVStatistics, cluster_statistics
+from swavkit.swav_statistics import SwAVStatistics, cluster_statistics
 from swavkit.fused import score_blocks
 from tests import oracles
 from tests.modes import Collectives
