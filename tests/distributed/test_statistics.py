@@ -272,7 +272,7 @@ def test_a_present_sample_that_is_not_finite_leaves_those_of_all_ranks_finite(
                 assert of_head["samples"] == count
                 assert of_head["prediction_rows"] == VIEWS * count - missing
                 assert of_head["assigned"].sum() == 2 * count - missing * (step == 2)
-                assert of_head["pairs"] == 4 * count - missing * step  # 2 pairs, then 3
+                assert of_head["pairs"] == 4 * count - missing * (step + 1)
                 if step < 2:
                     assert of_head["code_rows"] == 2 * count
 
