@@ -5,12 +5,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swavkit import _checks
 from swavkit._autograd import UnitRows, linear
 from swavkit._tensors import at_least_float32
-from swavkit.distributed.collectives import is_sharded
+from swavkit.distributed.collectives import (
+    gather_over_ranks,
+    is_sharded,
+    local_part,
+    part_of_rows,
+    participants,
+    rank_and_size,
+    rows_are_sharded,
+    sum_over_ranks,
+)
+
+if TYPE_CHECKING:
+    from swavkit.distributed.collectives import ProcessGroup
 
 __all__ = ["PrototypeLayer"]
 
@@ -109,21 +122,133 @@ class PrototypeLayer(nn.Module):
         """
         self._check(features)
         self._require_stored_weight()
-        rows = features.detach().flatten(0, -2) if features.dim() > 1 else features[None]
+        rows = _rows_of(features)
         if len(rows) < self.num_prototypes:
             raise ValueError(
                 f"features must hold at least {self.num_prototypes} samples, one for each "
                 f"prototype, got {len(rows)}"
             )
-        usable = rows.isfinite().all(dim=-1) & (rows != 0).any(dim=-1)
+        usable = _have_direction(rows)
         if len(rows) > self.num_prototypes:
-            # Not torch.rand, which takes no generator=None when it is compiled for any size.
-            order = torch.empty(len(rows), device=rows.device).uniform_(generator=generator)
-            chosen = order.masked_fill_(~usable, -1).topk(self.num_prototypes).indices
-            rows, usable = rows.index_select(0, chosen), usable.index_select(0, chosen)
+            rows, keys = _drawn(rows, self.num_prototypes, generator)
+            usable = keys >= 0
         directions = unit_rows(rows[self._held]).to(self.weight.dtype)
         stored = self._rows()
         stored.copy_(torch.where(usable[self._held].unsqueeze(-1), directions, stored))
+
+    @torch.no_grad()
+    def reinitialize_(
+        self,
+        index: Tensor,
+        features: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        process_group: ProcessGroup | None = None,
+        synchronize: bool = True,
+    ) -> Tensor:
+        """Replace dead or duplicate prototypes by features drawn without replacement, in place.
+
+        The optimizer still has the momentum of the old prototypes. Clear it, for any optimizer
+        whose state has the shape of the weight, such as SGD, AdamW and LARS::
+
+            replaced = prototypes.reinitialize_(index, features)
+            for value in optimizer.state[prototypes.weight].values():
+                if torch.is_tensor(value) and value.shape == prototypes.weight.shape:
+                    value.masked_fill_(replaced.unsqueeze(1), 0)
+
+        In a distributed job, all ranks make the call, and all get the same prototypes, drawn from
+        the features of all ranks. A prototype is replaced only if the ``index`` of each rank asks
+        for it, so that ``statistics.assigned == 0`` means without samples on all ranks. The host
+        then waits for the number of these prototypes. On one rank it waits only for indices, whose
+        range is checked, and not for a mask.
+
+        Under FSDP2, call it after the optimizer step, while the weight is sharded, as
+        :meth:`normalize_`.
+
+        Args:
+            index: The prototypes to replace, in any order: a (K,) bool mask, or (n,) int64 indices.
+            features: (..., D) features of any norm and number, such as those of the batch or the
+                ``features`` of a :class:`FeatureQueue`. Zero rows and rows with a NaN or infinite
+                entry are skipped. If too few others are left, the remaining prototypes are
+                unchanged. Ranks may have different numbers of features.
+            generator: The random generator, on the device of ``features``; torch's global one by
+                default.
+            process_group: The ranks that have the same prototypes; the default group if ``None``.
+            synchronize: Whether ranks act together. If false, each uses only its own arguments.
+
+        Returns:
+            A (K,) bool mask of the prototypes that were replaced; a ``DTensor`` if the weight is.
+
+        Raises:
+            TypeError: If ``index`` is neither a bool nor an int64 tensor.
+            ValueError: If ``index`` has another shape, is out of range or is on another device, or
+                if a weight in shards is not to be synchronized.
+
+        Example:
+            >>> prototypes, features = PrototypeLayer(16, num_prototypes=5), torch.randn(8, 16)
+            >>> prototypes.reinitialize_(torch.tensor([1, 3]), features)
+            tensor([False,  True, False,  True, False])
+            >>> cosines = prototypes.directions @ prototypes.directions.T
+            >>> duplicates = (cosines.triu(diagonal=1) > 0.99).any(dim=0)  # of an earlier prototype
+            >>> bool(prototypes.reinitialize_(duplicates, features).any())
+            False
+        """
+        self._check_features(features)
+        self._require_stored_weight()
+        mask = self._mask_of(index)
+        group = self._pool(process_group, synchronize)
+        # One rank alone prepares as many rows as there are prototypes, a number without a read.
+        number = self.num_prototypes
+        if group is not None:
+            mask = sum_over_ranks(mask.to(torch.int64), group) == rank_and_size(group)[1]
+            number = max(int(mask.sum()), 1)
+
+        rows, keys = _drawn(_rows_of(features), number, generator)
+        missing = number - len(rows)
+        keys = F.pad(keys, (0, missing), value=-1)
+        directions = F.pad(unit_rows(rows).to(self.weight.dtype), (0, 0, 0, missing))
+        if group is not None:
+            directions, keys = _best_of_ranks(directions, keys, group)
+
+        source = mask.cumsum(dim=0) - 1  # the row that a prototype gets
+        replaced = mask & (source < (keys >= 0).sum())
+        source = source.clamp(0, number - 1)
+        stored, of_rank = self._rows(), replaced
+        if is_sharded(self.weight):
+            replaced, source = (part_of_rows(each, self.weight) for each in (replaced, source))
+            stored, of_rank, source = map(local_part, (self.weight, replaced, source))
+        new = directions.index_select(0, source)
+        stored.copy_(torch.where(of_rank.unsqueeze(-1), new, stored))
+        return replaced
+
+    def _mask_of(self, index: Tensor) -> Tensor:
+        """Return the (K,) mask of an index, after a check that reads indices on the host."""
+        _checks.tensor("index", index)
+        if index.dtype == torch.bool:
+            _checks.mask("index", index, (self.num_prototypes,), self.weight)
+            return index
+        if index.dtype != torch.int64:
+            raise TypeError(f"index must have dtype torch.bool or torch.int64, got {index.dtype}")
+        if index.dim() != 1:
+            raise ValueError(
+                f"index must have 1 dimension as indices, got shape {tuple(index.shape)}"
+            )
+        _checks.same_device("index", index, self.weight)
+        for value in index.aminmax() if len(index) else ():
+            if not 0 <= int(value) < self.num_prototypes:
+                raise ValueError(
+                    f"index must be in [0, {self.num_prototypes - 1}], got {int(value)}"
+                )
+        mask = torch.zeros(self.num_prototypes, dtype=torch.bool, device=index.device)
+        return mask.index_fill_(0, index, True)
+
+    def _pool(self, process_group: ProcessGroup | None, synchronize: bool) -> ProcessGroup | None:
+        """Return the ranks that replace prototypes together."""
+        if is_sharded(self.weight) and not synchronize:
+            raise ValueError("synchronize must be True for a weight in shards, got False")
+        if is_sharded(self.weight) and not rows_are_sharded(self.weight):
+            raise ValueError("weight must be sharded over its rows, got another sharding")
+        return participants(process_group, synchronize)
 
     def forward(self, features: Tensor, *, frozen: Tensor | None = None) -> Tensor:
         """Return the cosines of ``features`` with the prototypes.
@@ -197,10 +322,13 @@ class PrototypeLayer(nn.Module):
                 "it is removed"
             )
 
-    def _check(self, features: Tensor) -> None:
+    def _check_features(self, features: Tensor) -> None:
         _checks.floating_tensor("features", features)
         _checks.last_dimension("features", features, self.feature_dim, "features")
         _checks.same_device("features", features, self.weight, self)
+
+    def _check(self, features: Tensor) -> None:
+        self._check_features(features)
         if is_sharded(self._rows()):
             raise RuntimeError(
                 "weight lies in shards, as FSDP2 keeps it between the calls of the module that was "
@@ -232,3 +360,37 @@ def unit_rows(rows: Tensor, *, differentiate_norm: bool = True) -> Tensor:
     rows = rows.to(at_least_float32(rows.dtype))
     unit: Tensor = UnitRows.apply(rows, differentiate_norm)[0]  # type: ignore[no-untyped-call]
     return unit
+
+
+def _rows_of(features: Tensor) -> Tensor:
+    """Return features (..., D) as rows (N, D), without gradient."""
+    return features.detach().flatten(0, -2) if features.dim() > 1 else features.detach()[None]
+
+
+def _have_direction(rows: Tensor) -> Tensor:
+    """Return which rows (N, D) are finite and not zero, (N,) bool."""
+    return rows.isfinite().all(dim=-1) & (rows != 0).any(dim=-1)
+
+
+def _drawn(rows: Tensor, number: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Draw up to ``number`` rows without replacement, those without a direction last.
+
+    Returns:
+        The rows and their keys, in descending order of the keys: random ones in [0, 1), and -1 for
+        rows without a direction.
+    """
+    # Not torch.rand, which takes no generator=None when it is compiled for any size.
+    keys = torch.empty(len(rows), device=rows.device).uniform_(generator=generator)
+    keys, chosen = keys.masked_fill_(~_have_direction(rows), -1).topk(min(number, len(rows)))
+    return rows.index_select(0, chosen), keys
+
+
+def _best_of_ranks(rows: Tensor, keys: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Return the n rows with the largest keys, and the keys, given n rows and keys of each rank."""
+    number = len(keys)
+    of_all = gather_over_ranks(keys, group).flatten()
+    # Stable, since ranks with the same seed have the same keys and must choose alike.
+    order = of_all.argsort(descending=True, stable=True)[:number]
+    others = order // number != rank_and_size(group)[0]
+    rows = rows.index_select(0, order % number).masked_fill_(others.unsqueeze(-1), 0)
+    return sum_over_ranks(rows, group), of_all.index_select(0, order)

@@ -52,6 +52,8 @@ CALLS = {
     "PrototypeLayer.assign": "(self, features)",
     "PrototypeLayer.reset_parameters": "(self)",
     "PrototypeLayer.initialize_": "(self, features, *, generator=None)",
+    "PrototypeLayer.reinitialize_": "(self, index, features, *, generator=None, "
+    "process_group=None, synchronize=True)",
     "SwappedPredictionLoss": "(temperature=0.1)",
     "SwappedPredictionLoss.forward": "(self, scores, codes, sample_weight=None)",
     "FeatureQueue": "(length, feature_dim, num_views=2, *, dtype=None)",
@@ -88,7 +90,14 @@ CALLS = {
 MEMBERS = {
     "SinkhornKnopp": {"process_group"},
     "SwAVLoss": {"check_ranks", "reset_parameters"},
-    "PrototypeLayer": {"directions", "normalize_", "assign", "reset_parameters", "initialize_"},
+    "PrototypeLayer": {
+        "directions",
+        "normalize_",
+        "assign",
+        "reset_parameters",
+        "initialize_",
+        "reinitialize_",
+    },
     "FeatureQueue": {"push", "age", "reset_parameters"},
 }
 CLASSES = [name for name in swavkit.__all__ if isinstance(getattr(swavkit, name), type)]

@@ -214,6 +214,24 @@ def local_part(values: Tensor) -> Tensor:
     return own
 
 
+def part_of_rows(values: Tensor, like: Tensor) -> Tensor:
+    """Return ``values`` (N, ...), which all ranks have, as a ``DTensor`` with the rows of ``like``.
+
+    Nothing is sent. ``like`` must have its rows sharded, or whole, over each mesh dimension.
+    """
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    everywhere = DTensor.from_local(values, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=placements)
+
+
+def rows_are_sharded(values: Tensor) -> bool:
+    """Return whether a ``DTensor`` is sharded over its rows and over no other dimension."""
+    placements = values.placements  # type: ignore[attr-defined]
+    return all(placement.is_replicate() or placement.is_shard(0) for placement in placements)
+
+
 def saved_tensors(
     checkpoint: str | os.PathLike[str] | StorageReader,
 ) -> dict[str, tuple[torch.Size, torch.dtype]]:

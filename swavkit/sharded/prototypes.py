@@ -83,6 +83,12 @@ class ShardedPrototypeLayer(PrototypeLayer):
         assert group is not None, "one rank alone has a PrototypeLayer"
         return group
 
+    def _pool(self, process_group: ProcessGroup | None, synchronize: bool) -> ProcessGroup | None:
+        own = self._participants()
+        if process_group is not None and participants(process_group, True) is not own:
+            raise ValueError("process_group must be None or the group of the layer, got another")
+        return super()._pool(own, synchronize)
+
     def _rows(self) -> Tensor:
         return local_part(self.weight)
 
