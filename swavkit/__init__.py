@@ -8,6 +8,7 @@ from swavkit.checkpoints import load_sharded_state_dict, sharded_state_dict
 from swavkit.cluster_statistics import SwAVStatistics, cluster_statistics
 from swavkit.code_prediction import CodePredictionLoss, code_prediction_loss
 from swavkit.feature_queue import FeatureQueue
+from swavkit.monitor.monitor import ClusterMonitor
 from swavkit.multicrop.crop_group import CropGroup
 from swavkit.multicrop.forward import multi_crop_forward
 from swavkit.multicrop.masks import crop_masks
@@ -20,6 +21,7 @@ from swavkit.swapped_prediction import SwappedPredictionLoss, swapped_prediction
 from swavkit.swav import SwAVLoss
 
 __all__ = [
+    "ClusterMonitor",
     "CodePredictionLoss",
     "CropGroup",
     "FeatureQueue",
