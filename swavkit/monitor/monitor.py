@@ -77,6 +77,7 @@ class ClusterMonitor(OwnState):
         ValueError: If an argument is out of range.
 
     Example:
+        >>> from swavkit import cluster_statistics
         >>> monitor = ClusterMonitor(num_prototypes=3)
         >>> scores = torch.eye(3).expand(2, 3, 3)  # two views that agree
         >>> monitor.update(cluster_statistics(scores, codes=scores), loss=1.0)

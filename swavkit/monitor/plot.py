@@ -68,7 +68,7 @@ def _draw_usage(axes: Any, assigned: Array, code_usage: Array) -> None:
         marker = "." if len(share) <= 100 else None  # one prototype alone is a point
         places = np.arange(1, len(share) + 1)
         axes.plot(places, share, color=color, label=label, marker=marker)
-        lowest, highest = min(lowest, *share[-1:]), max(highest, *share[:1])
+        lowest, highest = min([lowest, *share[-1:]]), max([highest, *share[:1]])
     axes.axhline(uniform, color=_GREY, linestyle="--", label="1/K: equal use")
     axes.set_yscale("log")
     axes.set_ylim(max(lowest, uniform * 1e-4) / 1.2, highest * 1.2)  # a tail of any length is cut
