@@ -191,10 +191,11 @@ def test_never_are_the_cosines_of_all_prototypes_held() -> None:
     assert count > 0
 
 
-def test_prototypes_are_referred_to_and_not_copied() -> None:
+@pytest.mark.parametrize("given", ["layer", "weight"])
+def test_prototypes_are_referred_to_and_not_copied(given: str) -> None:
     layer = PrototypeLayer(D, K)
     monitor = ClusterMonitor(K)
-    monitor.update(statistics_of(0), prototypes=layer)
+    monitor.update(statistics_of(0), prototypes=layer if given == "layer" else layer.weight)
     assert monitor.compute()["duplicates"] == 0
     nn.init.ones_(layer.weight)
     assert monitor.compute()["duplicates"] == K

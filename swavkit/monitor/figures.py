@@ -23,7 +23,7 @@ def cluster_figures(
         assigned: (K,).
         code_usage: (K,).
         totals: The other sums of :class:`SwAVStatistics`; ``loss``, times samples, and
-            ``loss_samples``; ``losses``, the number of losses given, and ``nonfinite``.
+            ``loss_samples``; ``losses``, the number of losses given; and ``nonfinite``, the figure.
     """
     prototypes = len(assigned)
     code_entropy = totals["code_entropy"] / totals["code_rows"]

@@ -197,9 +197,9 @@ class ClusterMonitor(OwnState):
             - ``"code_entropy"``, ``"prediction_entropy"``: means over rows, in nats.
             - ``"marginal_error"``: largest relative distance of the mean code from 1/K.
             - ``"agreement"``: share of pairs of views with the same nearest prototype.
-            - ``"nonfinite"``: number of steps, summed over ranks, with a loss or statistic that is
-              not finite, or whose rows are not those of the same number of views for each sample,
-              because rows that are not finite were left out.
+            - ``"nonfinite"``: number of steps in which any rank had a loss, a statistic or rows
+              that are not finite. Such rows are in no statistic, and are noticed if the number of
+              rows is not a whole multiple of the number of samples.
 
             If losses were given:
 
@@ -291,6 +291,7 @@ class ClusterMonitor(OwnState):
                     "expected update(statistics) in each step"
                 )
             totals = {name: values.sum() for name, values in steps.items()}
+            totals["nonfinite"] = (steps["nonfinite"] > 0).sum().double()  # on any rank
             figures = cluster_figures(assigned, code_usage, totals)
             if of_features:
                 figures |= feature_figures(*of_features)

@@ -193,6 +193,18 @@ def test_sharded_prototypes_are_gathered(ranks: Ranks) -> None:
         assert found == [4.0] * 4
 
 
+def nonfinite_on(rank: int, argument: list[list[int]]) -> float:
+    monitor = ClusterMonitor(K)
+    for members in argument:
+        monitor.update(statistics_of(rank), loss=float("nan") if rank in members else 1.0)
+    return monitor.compute()["nonfinite"].item()
+
+
+def test_a_step_that_is_not_finite_on_several_ranks_is_one(ranks: Ranks) -> None:
+    members: list[list[int]] = [[], [1], [0, 1, 2], [], [0, 2]]
+    assert ranks.run(nonfinite_on, [members] * RANKS) == [3.0] * RANKS
+
+
 class Model(nn.Module):
     """An encoder with a monitor beside it, as one module for DDP."""
 
