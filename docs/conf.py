@@ -46,7 +46,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(Weights|swavkit\.multicrop\.image_input\.PILImage)"),
     (
         "py:.*",
-        r"(Tensor|ProcessGroup|StorageReader|Sequence|Callable|Any|Literal|optional|np\..*|Generator)",
+        r"(Tensor|ProcessGroup|StorageReader|Sequence|Callable|Any|Literal|optional|np\..*|Generator|Figure)",
     ),
 ]
 

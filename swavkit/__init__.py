@@ -7,6 +7,7 @@ from swavkit._head_losses import SwAVDetails
 from swavkit.checkpoints import load_sharded_state_dict, sharded_state_dict
 from swavkit.code_prediction import CodePredictionLoss, code_prediction_loss
 from swavkit.feature_queue import FeatureQueue
+from swavkit.monitor.monitor import ClusterMonitor
 from swavkit.multicrop.crop_group import CropGroup
 from swavkit.multicrop.forward import multi_crop_forward
 from swavkit.multicrop.masks import crop_masks
@@ -20,6 +21,7 @@ from swavkit.swav import SwAVLoss
 from swavkit.swav_statistics import SwAVStatistics, cluster_statistics
 
 __all__ = [
+    "ClusterMonitor",
     "CodePredictionLoss",
     "CropGroup",
     "FeatureQueue",

@@ -23,9 +23,18 @@ Kind = TypeVar("Kind")
 FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def any_float(name: str, value: Any) -> float:
+    """Return ``value`` as a float if it is a number, NaN included."""
+    if isinstance(value, float):  # or a symbolic float, which does not support float()
+        return value
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
 def finite_float(name: str, value: Any) -> float:
     """Return ``value`` as a float if it is a finite number."""
-    number = _number(name, value)
+    number = any_float(name, value)
     if not -math.inf < number < math.inf:
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     return number
@@ -74,7 +83,7 @@ def non_negative_float(name: str, value: Any) -> float:
 
 def positive_or_infinite(name: str, value: Any) -> float:
     """Return ``value`` as a float if it is above 0, including infinity."""
-    number = _number(name, value)
+    number = any_float(name, value)
     if not number > 0:
         raise ValueError(f"{name} must be a number above 0, got {value!r}")
     return number
@@ -378,14 +387,6 @@ def _package(frame: FrameType) -> str:
     """Return the name of the package in whose code a frame is."""
     module: str = frame.f_globals.get("__name__", "")
     return module.partition(".")[0]
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, float):  # or a symbolic float, which does not support float()
-        return value
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return float(value)
 
 
 def _constant(name: str, value: Tensor) -> None:

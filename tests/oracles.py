@@ -217,6 +217,75 @@ def code_prediction_gradient(
     return gradient
 
 
+def perplexity(counts: np.ndarray) -> float:
+    """Return exp of the entropy of counts divided by their sum."""
+    total = sum(float(count) for count in counts)
+    entropy = 0.0
+    for count in counts:
+        if count > 0:
+            entropy -= count / total * math.log(count / total)
+    return math.exp(entropy)
+
+
+def cluster_figures(
+    steps: list[dict[str, np.ndarray]], losses: list[float] | None = None
+) -> dict[str, float]:
+    """Return the figures of the statistics of some steps and ranks, one entry for each of both.
+
+    A loss is the mean over the samples of its entry. One that is not finite counts nowhere.
+    """
+    prototypes = len(steps[0]["assigned"])
+    sums = {name: np.zeros(np.shape(value)) for name, value in steps[0].items()}
+    for step in steps:
+        for name, value in step.items():
+            sums[name] = sums[name] + np.asarray(value, np.float64)
+    used, largest = 0, 0.0
+    for index in range(prototypes):
+        used += sums["assigned"][index] > 0
+        mean_code = sums["code_usage"][index] / sums["code_rows"]
+        largest = max(largest, abs(mean_code - 1 / prototypes) / (1 / prototypes))
+    figures = {
+        "perplexity": perplexity(sums["assigned"]),
+        "used": used / prototypes,
+        "code_perplexity": perplexity(sums["code_usage"]),
+        "code_entropy": float(sums["code_entropy"] / sums["code_rows"]),
+        "prediction_entropy": float(sums["prediction_entropy"] / sums["prediction_rows"]),
+        "marginal_error": float(largest),
+        "agreement": float(sums["agreeing"] / sums["pairs"]),
+    }
+    if losses is not None:
+        total, samples = 0.0, 0.0
+        for step, loss in zip(steps, losses, strict=True):
+            if math.isfinite(loss):
+                total += float(step["samples"]) * loss
+                samples += float(step["samples"])
+        figures["loss"] = total / samples
+        figures["below_ln_k"] = math.log(prototypes) - figures["loss"]
+        figures["above_code_entropy"] = figures["loss"] - figures["code_entropy"]
+    return figures
+
+
+def feature_figures(features: np.ndarray) -> dict[str, float]:
+    """Return the figures of (N, D) features of which all are finite."""
+    unit = unit_rows(features)
+    dimensions = unit.shape[1]
+    deviation = sum(float(np.std(unit[:, index])) for index in range(dimensions)) / dimensions
+    return {
+        "feature_std": deviation * math.sqrt(dimensions),
+        "effective_rank": perplexity(np.linalg.svd(unit, compute_uv=False)),
+    }
+
+
+def num_duplicates(prototypes: np.ndarray) -> int:
+    """Return how many of (K, D) prototypes have another one at a cosine above 0.99."""
+    unit = unit_rows(prototypes)
+    count = 0
+    for index in range(len(unit)):
+        others = [other for other in range(len(unit)) if other != index]
+        count += any(float(unit[index] @ unit[other]) > 0.99 for other in others)
+    return count
+
+
 def unit_rows(rows: np.ndarray) -> np.ndarray:
     """Return (N, D) rows of length 1; a zero row stays zero."""
     result = np.zeros_like(rows, dtype=np.float64)

@@ -61,6 +61,12 @@ CALLS = {
     "FeatureQueue.reset_parameters": "(self)",
     "FeatureQueue.__len__": "(self)",
     "FeatureQueue.__bool__": "(self)",
+    "ClusterMonitor": "(num_prototypes, *, window=100, process_group=None)",
+    "ClusterMonitor.update": "(self, statistics, *, loss=None, features=None, prototypes=None)",
+    "ClusterMonitor.compute": "(self)",
+    "ClusterMonitor.diagnose": "(self, criterion=None)",
+    "ClusterMonitor.plot": "(self)",
+    "ClusterMonitor.reset": "(self)",
     "CropGroup": "(size, count, scale, ratio=(0.75, 1.3333333333333333), flip=0.5, "
     f"photometric={PhotometricDistortion()}, *, interpolation='bilinear')",
     "PhotometricDistortion": "(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, "
@@ -98,6 +104,7 @@ MEMBERS = {
         "initialize_",
         "reinitialize_",
     },
+    "ClusterMonitor": {"update", "compute", "diagnose", "plot", "reset", "process_group"},
     "FeatureQueue": {"push", "age", "reset_parameters"},
 }
 CLASSES = [name for name in swavkit.__all__ if isinstance(getattr(swavkit, name), type)]

@@ -44,8 +44,8 @@ class GroupHandle:
         if self._dropped:
             raise RuntimeError(
                 "process_group was dropped when this module was pickled; expected a new one: "
-                "set process_group of the SinkhornKnopp module to a group of the present "
-                "ranks, or to None for the default group"
+                "set process_group of the module (the sinkhorn of a SwAVLoss) to a group of the "
+                "present ranks, or to None for the default group"
             )
         return self._group
 
@@ -230,6 +230,14 @@ def rows_are_sharded(values: Tensor) -> bool:
     """Return whether a ``DTensor`` is sharded over its rows and over no other dimension."""
     placements = values.placements  # type: ignore[attr-defined]
     return all(placement.is_replicate() or placement.is_shard(0) for placement in placements)
+
+
+def full_tensor(values: Tensor) -> Tensor:
+    """Return all of ``values``, gathered from all ranks of its mesh if it is a ``DTensor``."""
+    if not is_sharded(values):
+        return values
+    whole: Tensor = values.full_tensor()  # type: ignore[attr-defined]
+    return whole
 
 
 def saved_tensors(
