@@ -1,0 +1,1 @@
+"""Figures of a training over a window of steps, their plot, and their diagnosis."""
