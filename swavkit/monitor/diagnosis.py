@@ -19,7 +19,7 @@ _LEAST_STEPS = 200  # of training; the loss of healthy runs is above ln K in the
 _LEAST_WINDOW = 50  # steps in the figures
 _LEAST_QUEUED = 16  # features, for a mean and a spread
 # Effective rank of the features. Healthy: 19 to 28. One linear direction: 1.0. A feature_dim of 2
-# is no fault, and has about 2.
+# is no fault, and allows 2.
 _RANK = 1.5
 # Spread of unit features, 1 over the sphere. Healthy: 0.64 to 0.99. A common offset of 10 times
 # their norm: 0.08.
@@ -43,11 +43,11 @@ _COLLAPSED = 0.1
 # refreshed: 0.70 to 0.78. Of alike features: 0.40 to 0.50.
 _DEAD = 0.1
 _DRAWS = 4  # samples per prototype in the figures; equally likely ones are missed with 0.02
-# Share of prototypes with a copy. Healthy: 0. AdamW at a learning rate of 1: 0.04. A twentieth and
-# a tenth of them copied: 0.10 and 0.20.
+# Share of prototypes with a copy. Healthy: 0. AdamW at a learning rate of 1: 0.04. A tenth of
+# them copied: 0.20.
 _DUPLICATES = 0.05
 # Distance of the means of queued and current features, over the spread of the latter. Healthy, with
-# 8 or 16 batches in the queue: 0.03 to 0.13. A queue that is not refreshed: 1.2 to 1.7.
+# 4 or 8 batches in the queue: 0.03 to 0.13. A queue that is not refreshed: 1.2 to 1.7.
 _DRIFT = 0.5
 # Spread of the queued features over that of the current ones. Healthy: 0.98 to 1.00. A queue of
 # noisy copies of one feature: 0.08 to 0.10.
