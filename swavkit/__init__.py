@@ -7,6 +7,7 @@ from swavkit._head_losses import SwAVDetails
 from swavkit.checkpoints import load_sharded_state_dict, sharded_state_dict
 from swavkit.code_prediction import CodePredictionLoss, code_prediction_loss
 from swavkit.feature_queue import FeatureQueue
+from swavkit.monitor.diagnosis import Diagnosis, check_sizes
 from swavkit.monitor.monitor import ClusterMonitor
 from swavkit.multicrop.crop_group import CropGroup
 from swavkit.multicrop.forward import multi_crop_forward
@@ -24,6 +25,7 @@ __all__ = [
     "ClusterMonitor",
     "CodePredictionLoss",
     "CropGroup",
+    "Diagnosis",
     "FeatureQueue",
     "MultiCropTransform",
     "PhotometricDistortion",
@@ -33,6 +35,7 @@ __all__ = [
     "SwAVLoss",
     "SwAVStatistics",
     "SwappedPredictionLoss",
+    "check_sizes",
     "cluster_statistics",
     "code_prediction_loss",
     "crop_masks",

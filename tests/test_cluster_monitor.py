@@ -539,12 +539,15 @@ def test_the_diagnosis_is_of_the_figures(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(monitor_module, "diagnose", diagnose)
     monitor = ClusterMonitor(K, window=2)
+    features = torch.randn(8, 3)
     for samples in (100, 4, 8):
-        monitor.update(statistics_of(0, samples), loss=1.0)
+        monitor.update(statistics_of(0, samples), loss=1.0, features=features)
     criterion = nn.Identity()
     assert monitor.diagnose(criterion) == ["worst"]
     assert seen.pop("figures") == floats(monitor.compute())
-    assert seen == {"num_prototypes": K, "samples": 6.0, "steps": 3, "criterion": criterion}
+    assert torch.equal(seen.pop("features"), features)
+    settings = {"num_prototypes": K, "samples": 6.0, "steps": 3, "window": 2}
+    assert seen == {**settings, "criterion": criterion}
     monitor.diagnose()
     assert seen["criterion"] is None
 

@@ -16,9 +16,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from swavkit import FeatureQueue, SwAVLoss
-from swavkit.cluster_statistics import SwAVStatistics, cluster_statistics
 from swavkit.monitor import diagnosis
 from swavkit.monitor.diagnosis import Diagnosis, check_sizes, diagnose
+from swavkit.swav_statistics import SwAVStatistics, cluster_statistics
 
 K = 100
 LN_K = math.log(K)

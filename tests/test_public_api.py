@@ -61,6 +61,8 @@ CALLS = {
     "FeatureQueue.reset_parameters": "(self)",
     "FeatureQueue.__len__": "(self)",
     "FeatureQueue.__bool__": "(self)",
+    "Diagnosis": "(name, text, remedies)",
+    "check_sizes": "(batch_size, num_prototypes, *, processes=1, queue_length=0)",
     "ClusterMonitor": "(num_prototypes, *, window=100, process_group=None)",
     "ClusterMonitor.update": "(self, statistics, *, loss=None, features=None, prototypes=None)",
     "ClusterMonitor.compute": "(self)",

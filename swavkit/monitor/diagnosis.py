@@ -13,7 +13,7 @@ from torch import Tensor
 from swavkit import _checks
 from swavkit.distributed.collectives import number_of_ranks, participants
 
-__all__ = ["Diagnosis", "check_sizes", "diagnose"]
+__all__ = ["Diagnosis", "check_sizes"]
 
 _LEAST_STEPS = 200  # of training; the loss of healthy runs is above ln K in the first 100
 _LEAST_WINDOW = 50  # steps in the figures

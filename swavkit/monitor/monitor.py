@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from swavkit import _checks
 from swavkit._own_state import OwnState
 from swavkit._tensors import autocast_disabled
-from swavkit.swav_statistics import SwAVStatistics
 from swavkit.distributed.collectives import (
     GroupHandle,
     device_for,
@@ -23,6 +22,7 @@ from swavkit.monitor.diagnosis import Diagnosis, diagnose
 from swavkit.monitor.figures import cluster_figures, feature_figures, moments, num_duplicates
 from swavkit.monitor.plot import monitor_figure
 from swavkit.prototypes import PrototypeLayer
+from swavkit.swav_statistics import SwAVStatistics
 
 if TYPE_CHECKING:
     from swavkit.distributed.collectives import ProcessGroup
@@ -237,7 +237,9 @@ class ClusterMonitor(OwnState):
             num_prototypes=self.num_prototypes,
             samples=window.samples_per_step.item(),
             steps=int(self.updates),
+            window=self.window,
             criterion=criterion,
+            features=self._features,
         )
 
     def plot(self) -> Figure:

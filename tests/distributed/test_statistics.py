@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from swavkit import PrototypeLayer, SwAVLoss, _head_losses
-from swavkit.swav_statistics import SwAVStatistics, cluster_statistics
 from swavkit.fused import score_blocks
+from swavkit.swav_statistics import SwAVStatistics, cluster_statistics
 from tests import oracles
 from tests.modes import Collectives
 from tests.ranks import Ranks
