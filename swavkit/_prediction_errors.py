@@ -99,23 +99,20 @@ def prediction_errors(
         logits = torch.empty(scores.shape, dtype=dtype, device=scores.device)
     scaled_sum(shift, scores, inverse_temperature, out=logits)  # at most 0, up to rounding
     agreements = [_agreement(target, logits[target.views]) for target in targets]
-    # The softmax is these exponentials divided by their sums. It takes one more pass on a CPU.
-    exponentials = torch.exp(logits, out=logits if observed is None else memory)
-    sums = exponentials.sum(dim=-1, keepdim=True)
-    log_sums = sums.log()
+    predictions = torch.softmax(logits, dim=-1, out=logits if observed is None else memory)
+    # logsumexp is the largest logit minus the logarithm of its softmax.
+    log_sums = scaled_sum(shift, largest, inverse_temperature)
+    log_sums = (log_sums - predictions.amax(dim=-1, keepdim=True).log_()).squeeze(-1)  # (v, b)
     if observed is not None:
         # 0 · -inf is 0 here too.
-        means = logits.mul_(exponentials).nansum(dim=-1, keepdim=True) / sums
-        observed.entropies.copy_((log_sums - means).squeeze(-1))
-    # The largest logit is 0, up to rounding.
-    log_sums = (scaled_sum(shift, largest, inverse_temperature) + log_sums).squeeze(-1)  # (v, b)
+        torch.sub(log_sums, logits.mul_(predictions).nansum(dim=-1), out=observed.entropies)
     errors = [
         target.mass * _over_views(log_sums[target.views], target.mass) - agreement
         for target, agreement in zip(targets, agreements, strict=True)
     ]
     if residual is not None:
         for target in targets:
-            _residual(exponentials[target.views], sums[target.views], target, logits[target.views])
+            _residual(predictions[target.views], target, logits[target.views])
         if scale is not None:
             logits.mul_(scale.unsqueeze(-1))
         if logits is not residual:
@@ -140,14 +137,13 @@ def _over_views(values: Tensor, like: Tensor) -> Tensor:
     return values[0] if len(values) == 1 else values.sum(dim=0)
 
 
-def _residual(exponentials: Tensor, sums: Tensor, target: Target, out: Tensor) -> None:
-    """Write T - n · exponentials / sums to ``out``, which may be the exponentials."""
+def _residual(predictions: Tensor, target: Target, out: Tensor) -> None:
+    """Write T - n · predictions to ``out``, which may be the predictions."""
     mass = target.mass.unsqueeze(-1)
     if target.values.is_floating_point():
-        torch.addcmul(target.values, exponentials, mass / sums, value=-1, out=out)
+        torch.addcmul(target.values, predictions, mass, value=-1, out=out)
     else:
-        torch.mul(exponentials, -mass / sums, out=out)
-        out.scatter_add_(-1, target.values.unsqueeze(-1), mass)
+        torch.mul(predictions, -mass, out=out).scatter_add_(-1, target.values.unsqueeze(-1), mass)
 
 
 def observe_codes(codes: Sequence[Tensor], observed: ObservedRows, memory: Tensor) -> None:

@@ -209,8 +209,6 @@ def errors_of_samples(
     scale = residual_scale(of_all.mass, scores[0].dtype)
     errors: list[Tensor] = []
     alone = len(codes) == 1  # the first view has nothing to predict
-    if alone and residuals is not None:
-        residuals[0].zero_()
     groups = _groups(scores, int(alone))
     memory = None
     if observed is not None:
@@ -225,6 +223,8 @@ def errors_of_samples(
                 observed=_rows_of(observed, range(1)),
                 memory=memory[:1],
             )
+    if alone and residuals is not None:  # which may be the scores
+        residuals[0].zero_()
     for views in groups:
         residual = None if residuals is None else _together(residuals, views)
         targets = _targets(codes, of_all, views)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from swavkit import _checks
 from swavkit._prediction_errors import ObservedRows
-from swavkit._tensors import at_least_float32, autocast_disabled, traceable
+from swavkit._tensors import at_least_float32, autocast_disabled, on_cpu, traceable
 from swavkit.swapped_prediction import Views, check_pairing, errors_of_samples
 
 __all__ = ["SwAVStatistics", "cluster_statistics"]
@@ -89,15 +88,12 @@ def cluster_statistics(
     code_views = _checks.views("codes", codes, "prototypes", least=1)
     check_pairing(score_views, code_views)
     _checks.known_setting("temperature", temperature, score_views[0].device)
-    samples, prototypes = score_views[0].shape
     if sample_weight is not None:
         _checks.weight("sample_weight", sample_weight, (score_views[0].shape[:1],), score_views[0])
-    size = max(_SCORES_OF_A_BLOCK // (len(score_views) * prototypes), 1)
-    sums = []
+    statistics = no_statistics(score_views[0])
     with torch.no_grad(), autocast_disabled(score_views[0].device):
         inverse_temperature = 1 / traceable(temperature, score_views[0].device)
-        for start in range(0, max(samples, 1), size):
-            rows = slice(start, start + size)
+        for rows in _blocks(len(score_views), score_views[0]):
             block: Views = [view[rows] for view in score_views]
             if isinstance(scores, Tensor):
                 block = scores[:, rows]  # whose views are computed together
@@ -105,8 +101,8 @@ def cluster_statistics(
             weight = None if sample_weight is None else sample_weight[rows]
             observed = rows_to_observe(block, block_codes, weight)
             errors_of_samples(block, block_codes, inverse_temperature, weight, None, observed)
-            sums.append(block_statistics(observed))
-    return summed(sums)
+            statistics = added(statistics, block_statistics(observed))
+    return statistics
 
 
 def rows_to_observe(
@@ -121,7 +117,7 @@ def rows_to_observe(
         entropies=weight.new_empty(len(scores), samples),
         code_entropies=weight.new_empty(len(codes), samples),
         code_usage=weight.new_empty(prototypes),
-        weight=weight if sample_weight is None else sample_weight.to(dtype),
+        weight=weight if sample_weight is None else sample_weight.detach().to(dtype),
     )
 
 
@@ -156,9 +152,24 @@ def block_statistics(observed: ObservedRows) -> SwAVStatistics:
     )
 
 
-def summed(statistics: Sequence[SwAVStatistics]) -> SwAVStatistics:
-    """Return the statistics of all samples, given those of several blocks of them."""
-    return SwAVStatistics(*(reduce(torch.add, values) for values in zip(*statistics, strict=True)))
+def no_statistics(scores: Tensor) -> SwAVStatistics:
+    """Return the statistics of no samples for scores (..., K)."""
+    sums = scores.new_zeros(scores.shape[-1], dtype=at_least_float32(scores.dtype))
+    names, of_prototypes = SwAVStatistics._fields, ("code_usage", "assigned")
+    return SwAVStatistics(*(sums if name in of_prototypes else sums.sum() for name in names))
+
+
+def added(statistics: SwAVStatistics, others: SwAVStatistics) -> SwAVStatistics:
+    """Return the statistics of the samples of both."""
+    return SwAVStatistics(*map(torch.add, statistics, others))
+
+
+def _blocks(views: int, scores: Tensor) -> list[slice]:
+    """Return the samples that are observed at a time; on a CPU, few enough for little memory."""
+    if not on_cpu(scores):
+        return [slice(None)]
+    size = max(_SCORES_OF_A_BLOCK // (views * scores.shape[-1]), 1)
+    return [slice(start, start + size) for start in range(0, len(scores), size)]
 
 
 def _valid_weights(entropies: Tensor, weight: Tensor) -> Tensor:

@@ -598,7 +598,7 @@ def most_bytes(form: str, rows: int, samples: int, prototypes: int, asked: bool)
 
 @pytest.mark.parametrize("form", ["streamed", "auto, fused"])
 def test_no_matrix_of_samples_and_prototypes_is_kept_for_them(form: str) -> None:
-    rows, samples, prototypes = 12, 600, 90
+    rows, samples, prototypes = 12, 120, 90
     without, asked = (most_bytes(form, rows, samples, prototypes, each) for each in (False, True))
     a_block, of_a_view = (4 * each * prototypes for each in (rows, samples))
     counts = 4 * (8 * 4 * samples + 8 * prototypes)  # some numbers of rows and of prototypes

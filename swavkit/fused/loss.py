@@ -41,7 +41,13 @@ from swavkit.sinkhorn.iterations import find_u
 from swavkit.sinkhorn.kernel import Kernel
 from swavkit.sinkhorn.marginals import target_marginal
 from swavkit.swapped_prediction import errors_of_samples
-from swavkit.swav_statistics import SwAVStatistics, block_statistics, rows_to_observe, summed
+from swavkit.swav_statistics import (
+    SwAVStatistics,
+    added,
+    block_statistics,
+    no_statistics,
+    rows_to_observe,
+)
 
 if TYPE_CHECKING:
     from swavkit.distributed.collectives import ProcessGroup
@@ -153,7 +159,7 @@ def _loss(
     features_gradient = pair_weight.new_zeros(features.shape if needs_features else (0,))
     directions_gradient = pair_weight.new_zeros(directions.shape if needs_directions else (0,))
     loss = pair_weight.new_zeros(())
-    seen: list[SwAVStatistics] = []
+    seen = no_statistics(directions.T) if statistics else None
     for rows, parts in scores.blocks:
         block_scores = scores.of(features[:, rows])  # (V, b, K)
         code_scores = scores.code_scores(kernel, rows, block_scores)  # (A, b, K)
@@ -173,8 +179,8 @@ def _loss(
                 part_scores if needs_features or needs_directions else None,
                 observed,
             )
-            if observed is not None:
-                seen.append(block_statistics(observed))
+            if observed is not None and seen is not None:
+                seen = added(seen, block_statistics(observed))
             loss += (pair_weight[part] * errors).sum()
             if scale is not None:
                 factor[part] /= scale
@@ -192,4 +198,4 @@ def _loss(
                 directions_gradient.addmm_(residual.T, weighted)
             else:
                 directions_gradient += residual.T @ weighted
-    return loss, (features_gradient, directions_gradient), summed(seen) if statistics else None
+    return loss, (features_gradient, directions_gradient), seen
