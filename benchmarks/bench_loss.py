@@ -19,7 +19,7 @@ from tests import oracles
 
 FEATURE_DIM = 128
 CODE_VIEWS = 2
-FULL, STREAMED = f"{OURS}, full", f"{OURS}, streamed"
+FULL, STREAMED, OBSERVED = f"{OURS}, full", f"{OURS}, streamed", f"{OURS}, with statistics"
 _MOST_SCORES_IN_FLOAT64 = 2**28  # the reference holds several matrices of this size
 
 
@@ -74,7 +74,9 @@ def prepare(problem: Problem, device: torch.device = CPU) -> Calls:
     features.requires_grad_()
     weight = nn.Parameter(weight)
 
-    def ours(memory: Literal["auto", "full", "streamed"]) -> Callable[[], tuple[Tensor, ...]]:
+    def ours(
+        memory: Literal["auto", "full", "streamed"], *, statistics: bool = False
+    ) -> Callable[[], tuple[Tensor, ...]]:
         criterion = SwAVLoss(
             problem.feature_dim,
             problem.prototypes,
@@ -94,7 +96,9 @@ def prepare(problem: Problem, device: torch.device = CPU) -> Calls:
             teacher["code_prototypes"].weight = nn.Parameter(directions)
 
         def step() -> tuple[Tensor, ...]:
-            loss = criterion(features, **teacher)
+            loss = criterion(features, **teacher, return_statistics=statistics)
+            if statistics:
+                loss, _ = loss
             return loss, *torch.autograd.grad(loss, [features, weight])
 
         return step
@@ -121,6 +125,7 @@ def prepare(problem: Problem, device: torch.device = CPU) -> Calls:
         OURS: ours("auto"),
         FULL: ours("full"),
         STREAMED: ours("streamed"),
+        OBSERVED: ours("auto", statistics=True),
         "published": published,
         "its 3 matrix products": products,
     }
@@ -158,7 +163,7 @@ def errors(problem: Problem, calls: Calls, device: torch.device = CPU) -> dict[s
                 comparable(*calls[name](), weight), comparable(*expected, weight), strict=True
             )
         )
-        for name in (OURS, FULL, STREAMED, "published")
+        for name in (OURS, FULL, STREAMED, OBSERVED, "published")
     }
 
 

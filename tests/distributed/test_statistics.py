@@ -26,7 +26,7 @@ pytestmark = pytest.mark.distributed
 
 DIMENSION, VIEWS, STEPS, K = 4, 3, 3, 11
 PRIOR = torch.arange(K) % 4 / 2  # some prototypes get nothing
-FORMS = ["full", "streamed", "auto", "auto, fused", "sharded"]
+FORMS = ["full", "streamed", "sharded"]
 SPLITS = [(4, 4), (5, 2, 6), (8, 0, 3), (0, 0, 9)]
 
 Named = list[dict[str, np.ndarray]]  # of each head
