@@ -25,7 +25,8 @@ from swavkit.sinkhorn.kernel import Kernel, ScaledScores, Scaling
 if TYPE_CHECKING:
     from swavkit.distributed.collectives import ProcessGroup
 
-# Scores, the largest S + ε log r of each prototype over all ranks, and log r.
+# Scores; the largest S + ε log r of each prototype over all ranks, 0 if no sample counts; log r
+# relative to the largest of all ranks.
 _Problem = tuple[ScaledScores, Tensor, Tensor]
 
 
@@ -45,21 +46,20 @@ def find_kernels(
         tolerance: A problem stops when its marginal error is at most this.
         group: The ranks.
     """
-    largest = [each.largest for each in scores]
+    shifts = [each.largest for each in scores]
     log_masses = [each.log_mass for each in scores]
     if group is not None:
         own = [torch.cat([each.largest, each.log_largest_mass], dim=-1) for each in scores]
         of_all = in_one_collective(max_over_ranks, own, group)
-        largest = [both[..., :-1] for both in of_all]
-        log_masses = [  # relative to the largest mass of all ranks
-            each.log_mass + (each.log_largest_mass - both[..., -1:])
-            for each, both in zip(scores, of_all, strict=True)
+        shifts = [largest[..., :-1] for largest in of_all]
+        log_masses = [
+            each.log_mass + (each.log_largest_mass - largest[..., -1:])
+            for each, largest in zip(scores, of_all, strict=True)
         ]
-    shifts = [  # the largest S + ε log r of each prototype over all ranks, 0 if no sample counts
-        shift.masked_fill(shift <= each.lowest, 0)
-        for each, shift in zip(scores, largest, strict=True)
+    problems = [
+        (each, shift.masked_fill(shift <= each.lowest, 0), log_mass)
+        for each, shift, log_mass in zip(scores, shifts, log_masses, strict=True)
     ]
-    problems = list(zip(scores, shifts, log_masses, strict=True))
     if relaxation == math.inf:
         scalings = _iterate(problems, iterations, tolerance, group)
     else:
@@ -85,13 +85,10 @@ def _iterate(
     unfinished = list(range(len(problems)))
     for iteration in range(iterations):
         if iteration > 0:
-            own = []
-            for each in unfinished:
-                scalings[each], mass = scalings[each].masses()
-                own.append(mass)
-            of_all = in_one_collective(sum_over_ranks, own, group)
-            for each, mass in zip(unfinished, of_all, strict=True):
-                masses[each] = mass
+            steps = [scalings[each].masses() for each in unfinished]
+            sums = in_one_collective(sum_over_ranks, [own for _, own in steps], group)
+            for each, (scaling, _), mass in zip(unfinished, steps, sums, strict=True):
+                scalings[each], masses[each] = scaling, mass
             if iteration == 1:  # the total mass; v cancels any factor of the first u
                 targets = [
                     share * mass.sum(dim=-1, keepdim=True)
@@ -136,15 +133,12 @@ def _iterate_relaxed(
         torch.cat([mass, scaling.log_mass.exp().sum(dim=-1, keepdim=True)], dim=-1)
         for scaling, mass in started
     ]
-    totals = [
+    log_totals, log_sums = [], []
+    of_all = in_one_collective(sum_over_ranks, own, group)
+    for total, (scores, shift, _) in zip(of_all, problems, strict=True):
         total.log_().mul_(scores.temperature)
-        for total, (scores, _, _) in zip(
-            in_one_collective(sum_over_ranks, own, group), problems, strict=True
-        )
-    ]
-    log_sums = [
-        total[..., :-1] + shift for total, (_, shift, _) in zip(totals, problems, strict=True)
-    ]
+        log_totals.append(total[..., -1:])
+        log_sums.append(total[..., :-1] + shift)
     for iteration in range(iterations):
         if iteration > 0:
             # Their sums over ranks include f.
@@ -155,11 +149,10 @@ def _iterate_relaxed(
                 scaling.scores.sum_of_logs(of_ranks, 0) - scaling.f
                 for of_ranks, scaling in zip(log_masses, scalings, strict=True)
             ]
-        for each, (log_sum, total) in enumerate(zip(log_sums, totals, strict=True)):
-            scores, log_total = scalings[each].scores, total[..., -1:]
-            log_sum = (log_sum - log_total).masked_fill_(
-                log_total == -math.inf, 0
-            )  # no sample is present
+        for each, (log_sum, log_total) in enumerate(zip(log_sums, log_totals, strict=True)):
+            scores = scalings[each].scores
+            no_samples = log_total == -math.inf
+            log_sum = (log_sum - log_total).masked_fill_(no_samples, 0)
             mass = scores.prototype_mass
             mass = _equal_mass(log_sum) if mass is None else mass
             rho = traceable(relaxation, mass.device)

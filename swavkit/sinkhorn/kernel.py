@@ -1,7 +1,8 @@
 """The scaled Gibbs kernel P = exp(S/ε) of Sinkhorn-Knopp, in blocks that stay in a CPU's cache.
 
-It sums masses over the samples of this rank. ``iterations.py`` sums over ranks and applies the
-target marginals.
+:class:`ScaledScores` starts a :class:`Scaling`, each iteration returns another one, and the last
+gives the :class:`Kernel` of the codes. They sum masses over the samples of this rank.
+``iterations.py`` sums over ranks and applies the target marginals.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class ScaledScores:
         memory: Flat memory for P of a part without ``codes``. It may be overwritten between calls.
 
     Attributes:
-        largest: The largest S + ε log r of each prototype, (..., K); ``lowest`` if no sample counts.
+        largest: The largest S + ε log r of each prototype, (..., K); ``lowest`` without samples.
         log_mass: log r, (..., B), of the samples that count, relative to the largest of this rank.
         log_largest_mass: (..., 1); see :class:`Masses`.
     """
@@ -113,11 +114,12 @@ class ScaledScores:
         self.lowest = torch.finfo(dtype).min / 4  # the scaled score of an excluded prototype
         self.shape = (*self.log_mass.shape[:-1], num_prototypes)
 
+        self.values = codes if codes is not None and codes.dtype == dtype else None
         self.memory = memory
-        self.keeps_values = codes is not None and codes.dtype == dtype
-        if not self.keeps_values:
-            self.keeps_values = len(parts) == 1 and memory is None
-            if memory is None:
+        if self.values is None and memory is None:
+            if len(parts) == 1:
+                self.values = empty((*self.log_mass.shape, num_prototypes), dtype, self.log_mass)
+            else:
                 samples = max([0, *[self.log_mass[part].numel() for part in parts]])
                 self.memory = empty((samples * num_prototypes,), dtype, self.log_mass)
         self.blocks = [self.block(part) for part in parts]
@@ -127,7 +129,7 @@ class ScaledScores:
 
         self.nan_mask = torch.empty_like(self.log_mass)  # NaN for a score that is not finite, or 0
         self.largest = self.over_blocks(self._largest_of, torch.maximum, self.lowest)
-        self.holds_scores = self.keeps_values and not weighted
+        self.holds_scores = self.values is not None and not weighted
         self.code_mass = self.nan_mask + 1  # the sum of each code
         masked = self.nan_mask.isnan()
         if weighted:
@@ -139,8 +141,8 @@ class ScaledScores:
 
         That needs the memory of the codes, or parts that keep no P.
         """
-        if self.all_codes is not None and self.all_codes.dtype == self.log_mass.dtype:
-            return Block(part, self.all_codes[part])
+        if self.values is not None:
+            return Block(part, self.values[part])
         shape = (*self.log_mass[part].shape, self.shape[-1])
         if torch.compiler.is_compiling():  # which does not support aliases
             return Block(part, self.log_mass.new_empty(shape))
@@ -148,9 +150,9 @@ class ScaledScores:
         return Block(part, self.memory[: math.prod(shape)].view(shape))
 
     def start(self, f: Tensor, log_mass: Tensor) -> tuple[Scaling, Tensor]:
-        """Return a scaling with u = 1, and Σ_i r_i exp((S_ij + f_j)/ε), (..., K).
+        """Return a scaling with u = 1 and Σ_i r_i exp((S_ij + f_j)/ε), (..., K).
 
-        The terms must be at most 1. ``log_mass`` is log r relative to the largest mass of all ranks.
+        Each term must be at most 1. ``log_mass`` is log r relative to the largest of all ranks.
         """
 
         def sums_of(block: Block, scores: Tensor | None) -> Tensor:
@@ -167,29 +169,24 @@ class ScaledScores:
         if self.fractional:  # in two steps, for masses below the range of floating point
             root = (log_mass / 2).exp_()
             mass = root * _UNIT_OF_MASSES * root
-        sums = self.over_blocks(sums_of, torch.add, 0, in_memory=self.holds_scores)
-        self._keep(f)
-        return Scaling(self, log_mass, mass, f, torch.zeros_like(f), 0), sums
-
-    def over_rows(self, f: Tensor, of_p: Callable[[Block, Tensor], Tensor]) -> Tensor:
-        """Return the sum over all blocks of what ``of_p`` makes of P, (..., K)."""
-        sums = self.over_blocks(
-            lambda block, scores: of_p(block, self.p_of(f, block, scores)),
-            torch.add,
-            0,
-            in_memory=self.holds_p(f),
-        )
-        self._keep(f)
-        return sums
+        sums = self.over_blocks(sums_of, in_memory=self.holds_scores)
+        self.keep(f)
+        return Scaling(self, log_mass, mass, f, torch.ones_like(f)), sums
 
     def holds_p(self, f: Tensor) -> bool:
-        """Tell whether P of ``f`` is in the memory."""
+        """Tell whether P of ``f`` is in memory, so that no scores are needed."""
         return self.f_of_p is f
 
+    def keep(self, f: Tensor) -> None:
+        """Note that a pass over all blocks has computed P of ``f``, which stays if it has room."""
+        self.f_of_p, self.f_of_level = f if self.values is not None else None, f
+        self.holds_scores = False
+
     def p_of(self, f: Tensor, block: Block, scores: Tensor | None) -> Tensor:
-        """Return P of a block, given its scores, or ``None`` if P is in the memory."""
-        if scores is None:
+        """Return P of a block, given its scores unless P is in memory."""
+        if self.f_of_p is f:
             return block.values
+        assert scores is not None
         if self.f_of_level is not f:
             values = self.sums_with(f, block, scores)
             self._exponentials_of(block, values)
@@ -205,18 +202,19 @@ class ScaledScores:
     def over_blocks(
         self,
         of_block: Callable[[Block, Any], Tensor],
-        combine: Callable[..., object],
-        neutral: float,
+        combine: Callable[..., object] = torch.add,
+        neutral: float = 0,
         in_memory: bool = False,
     ) -> Tensor:
         """Combine the results (..., K) of all blocks and their scores, ``None`` if in memory."""
-        blocks = self.with_scores(in_memory)
-        if len(self.blocks) == 1:
-            return next(of_block(*each).view(self.shape) for each in blocks)
-        result = self.log_mass.new_full(self.shape, neutral)
-        for block, scores in blocks:
+        alone = len(self.blocks) == 1
+        result = self.log_mass if alone else self.log_mass.new_full(self.shape, neutral)
+        for block, scores in self.with_scores(in_memory):
+            found = of_block(block, scores)
+            if alone:
+                return found.view(self.shape)
             of_part = _of(result, block)
-            combine(of_part, of_block(block, scores), out=of_part)
+            combine(of_part, found, out=of_part)
         return result
 
     def with_scores(self, in_memory: bool) -> Iterable[tuple[Block, Tensor | None]]:
@@ -230,10 +228,6 @@ class ScaledScores:
         largest = values.amax(dim=dim, keepdim=True).clamp_(min=lowest)
         sums = values.sub_(largest).mul_(self.rate).exp_().sum(dim=dim)
         return sums.log_().mul_(self.temperature).add_(largest.squeeze(dim))
-
-    def _keep(self, f: Tensor) -> None:
-        self.f_of_p, self.f_of_level = f if self.keeps_values else None, f
-        self.holds_scores = False
 
     def _largest_of(self, block: Block, scores: Tensor) -> Tensor:
         nan_mask = self.nan_mask[block.part].copy_(nan_mask_of(scores))
@@ -263,32 +257,39 @@ class Scaling(NamedTuple):
     log_mass: Tensor  # (..., B), log r
     mass: Tensor  # (..., B), r; in ``_UNIT_OF_MASSES`` if fractional
     f: Tensor  # (..., K), scaled like the scores
-    log_u: Tensor  # (..., K)
-    scalings: int  # of P by u
+    u: Tensor  # (..., K)
+    scalings: int = 0  # of P by u
+    log_factor: Tensor | None = None  # (..., K), of u, if that may be out of range
 
     def scale(self, target: Tensor, masses: Tensor) -> Scaling:
         """Scale u so that prototypes with ``masses`` (..., K) get those of ``target``.
 
         A prototype of mass 0 keeps its u: its target is 0, or no sample is present.
         """
-        change = (target.log() - masses.log()).masked_fill_(masses == 0, 0)
-        return self._replace(log_u=change.add_(self.log_u), scalings=self.scalings + 1)
+        if self.scores.fractional:
+            log_factor = (target.log() - masses.log()).masked_fill_(masses == 0, 0)
+            return Scaling(*self[:-1], log_factor)
+        u = self.u * (target / masses).masked_fill_(masses == 0, 1)
+        return Scaling(*self[:4], u, self.scalings + 1)
 
     def masses(self) -> tuple[Scaling, Tensor]:
         """Return a scaling with the same Q, and the masses of the prototypes in it, (..., K).
 
         Their unit is the same on all ranks, however u is divided between ``f`` and ``u``.
         """
-        fractional = self.scores.fractional
-        is_last = self.scalings == (1 if fractional else SCALINGS_OF_ONE_KERNEL)
-        scaling = self._absorbed() if is_last else self
-        u = scaling.log_u.exp()
+        all_scores, mass, scaling = self.scores, self.mass, self
+        if all_scores.fractional or self.scalings == SCALINGS_OF_ONE_KERNEL:
+            scaling = self._absorbed()
+        f, u = scaling.f, scaling.u
 
-        def sums_of(block: Block, p: Tensor) -> Tensor:
-            return over_samples(p, self.mass[block.part] / over_prototypes(p, _of(u, block)))
+        def sums_of(block: Block, scores: Tensor | None) -> Tensor:
+            p = all_scores.p_of(f, block, scores)
+            return over_samples(p, mass[block.part] / over_prototypes(p, _of(u, block)))
 
-        sums = self.scores.over_rows(scaling.f, sums_of).mul_(u)
-        return scaling, sums if fractional else sums.mul_(_UNIT_OF_MASSES)
+        sums = all_scores.over_blocks(sums_of, in_memory=all_scores.holds_p(f))
+        all_scores.keep(f)
+        sums *= u
+        return scaling, sums if all_scores.fractional else sums.mul_(_UNIT_OF_MASSES)
 
     def log_masses(self) -> Tensor:
         """Return ε times the logarithms of the masses, scaled, for u = 1 and of any size."""
@@ -308,22 +309,23 @@ class Scaling(NamedTuple):
 
     def kernel(self) -> Kernel:
         """Return the kernel that gives the codes."""
-        u = self.log_u
-        if self.scalings > 0 and self.scores.fractional:  # up to a factor, which v cancels
-            root = (u - u.amax(dim=-1, keepdim=True)).div_(2).exp_()
-            u = (root * _UNIT_OF_U * root).clamp_(min=torch.finfo(root.dtype).tiny)
-        else:
-            u = u.exp()
+        u, log_factor = self.u, self.log_factor
+        if log_factor is not None:  # up to a factor, which v cancels
+            root = (log_factor - log_factor.amax(dim=-1, keepdim=True)).div_(2).exp_()
+            u = u * (root * _UNIT_OF_U * root).clamp_(min=torch.finfo(root.dtype).tiny)
         return Kernel(self.scores, self.f, u)
 
     def _absorbed(self) -> Scaling:
         """Absorb u into f. The rounding error of f stays in u."""
-        change = self.log_u * self.scores.temperature
+        change = self.u.log()
+        if self.log_factor is not None:
+            change += self.log_factor
+        change *= self.scores.temperature
         f = self.f + change
         part = f - self.f
         lost = (self.f - (f - part)) + (change - part)
-        log_u = lost.mul_(self.scores.rate).masked_fill_(f == -math.inf, 0)
-        return self._replace(f=f, log_u=log_u, scalings=0)
+        u = lost.mul_(self.scores.rate).masked_fill_(f == -math.inf, 0).exp_()
+        return self._replace(f=f, u=u, scalings=0, log_factor=None)
 
 
 class Kernel(NamedTuple):
@@ -333,18 +335,13 @@ class Kernel(NamedTuple):
     f: Tensor  # (..., K)
     u: Tensor  # (..., K)
 
-    @property
-    def holds_p(self) -> bool:
-        """Whether P is in memory, so that no scores are needed."""
-        return self.scores.holds_p(self.f)
-
     def codes(self, rounded: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Return Q, (..., B, K), in place of P.
 
         ``rounded`` changes codes in place, before they are converted to the dtype of the memory.
         """
         assert self.scores.all_codes is not None
-        for block, scores in self.scores.with_scores(self.holds_p):
+        for block, scores in self.scores.with_scores(self.scores.holds_p(self.f)):
             self.codes_of(block, scores, rounded)
         self.scores.f_of_p = None
         return self.scores.all_codes
@@ -356,8 +353,7 @@ class Kernel(NamedTuple):
         rounded: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Return Q of a block, in place of its P; ``scores`` are not needed if P is in memory."""
-        p = self.scores.p_of(self.f, block, None if self.holds_p else scores)
-        values = p.mul_(_row(self.u, block))
+        values = self.scores.p_of(self.f, block, scores).mul_(_row(self.u, block))
         v = (self.scores.code_mass[block.part] / values.sum(dim=-1)).unsqueeze(-1)
         all_codes = self.scores.all_codes
         codes = values if all_codes is None else all_codes[block.part]
