@@ -144,7 +144,7 @@ class BlockScores:
 
     def code_scores(self, kernel: Kernel, rows: slice, scores: Tensor) -> Tensor:
         """Return the scores (A, b, K) that give the codes of a block, given those of all views."""
-        if self.shares_scores or kernel.scores.holds_p(kernel.f):  # the codes then need none
+        if self.shares_scores or kernel.scores.f_of_p is kernel.f:  # the codes then need none
             return scores[: len(self.code_features)]
         return self._code_scores(rows)
 

@@ -74,12 +74,11 @@ def _iterate(
     group: ProcessGroup | None,
 ) -> list[Scaling]:
     """Run strict iterations until their number or the tolerance is reached."""
-    started, targets = [], []
+    started = []
     for scores, shift, log_mass in problems:
-        mass = scores.prototype_mass
-        f = -shift if mass is None else mass.log() * scores.temperature - shift
-        targets.append(_equal_mass(f) if mass is None else mass)
+        f = -shift if scores.equal else scores.target.log() * scores.temperature - shift
         started.append(scores.start(f, log_mass))
+    targets = [scores.target for scores, _, _ in problems]
     scalings = [scaling for scaling, _ in started]
     masses = in_one_collective(sum_over_ranks, [mass for _, mass in started], group)
     unfinished = list(range(len(problems)))
@@ -153,15 +152,9 @@ def _iterate_relaxed(
             scores = scalings[each].scores
             no_samples = log_total == -math.inf
             log_sum = (log_sum - log_total).masked_fill_(no_samples, 0)
-            mass = scores.prototype_mass
-            mass = _equal_mass(log_sum) if mass is None else mass
+            mass = scores.target
             rho = traceable(relaxation, mass.device)
             strength = rho / (rho + scores.epsilon)
             f = strength * (mass.log() * scores.temperature - log_sum)
             scalings[each] = scalings[each]._replace(f=f.masked_fill_(mass == 0, -math.inf))
     return scalings
-
-
-def _equal_mass(like: Tensor) -> Tensor:
-    """Return the target mass of all prototypes, (1,)."""
-    return like.new_full((1,), 1 / like.shape[-1])

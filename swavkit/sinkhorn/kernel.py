@@ -1,8 +1,8 @@
 """The scaled Gibbs kernel P = exp(S/ε) of Sinkhorn-Knopp, in blocks that stay in a CPU's cache.
 
 :class:`ScaledScores` starts a :class:`Scaling`, each iteration returns another one, and the last
-gives the :class:`Kernel` of the codes. They sum masses over the samples of this rank.
-``iterations.py`` sums over ranks and applies the target marginals.
+gives the :class:`Kernel` of the codes. Masses are sums over the samples of this rank;
+``iterations.py`` sums them over ranks.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class ScaledScores:
     """The scores S of one problem or N, which are read once at construction.
 
     They are multiplied by a scale, see ``_SCALE``, and so is f. The rows of P = exp((S + f)/ε) are
-    divided by their largest entries, so that no finite score overflows. P lies in the memory of the
-    codes, where it is kept for the f that it belongs to. If that memory is missing or narrower than
-    the arithmetic, P of a block is computed whenever it is needed.
+    divided by their largest entries, so that no finite score overflows. P of the last f is kept in
+    the memory of the codes. If that is missing or narrower than the arithmetic, P of a block is
+    computed whenever it is needed.
 
     A sample with a NaN or infinite score has mass 0. Its code is NaN, or zeros if its weight is 0.
 
@@ -83,11 +83,6 @@ class ScaledScores:
         epsilon: ε.
         codes: (B, K) or (N, B, K) memory for the codes, if they are needed as a whole.
         memory: Flat memory for P of a part without ``codes``. It may be overwritten between calls.
-
-    Attributes:
-        largest: The largest S + ε log r of each prototype, (..., K); ``lowest`` without samples.
-        log_mass: log r, (..., B), of the samples that count, relative to the largest of this rank.
-        log_largest_mass: (..., 1); see :class:`Masses`.
     """
 
     def __init__(
@@ -104,9 +99,13 @@ class ScaledScores:
         codes: Tensor | None = None,
         memory: Tensor | None = None,
     ) -> None:
-        self.scores, self.prototype_mass, self.all_codes = scores, prototype_mass, codes
+        self.scores, self.all_codes, self.memory = scores, codes, memory
         self.log_mass, self.log_largest_mass = sample_mass
         self.weighted, self.fractional = weighted, fractional
+        self.equal = prototype_mass is None
+        if prototype_mass is None:
+            prototype_mass = self.log_mass.new_full((1,), 1 / num_prototypes)
+        self.target = prototype_mass  # c
         dtype = self.log_mass.dtype
         self.epsilon = traceable(epsilon, self.log_mass.device)
         self.scale, self.rate = scale_and_rate(self.epsilon, dtype)
@@ -115,19 +114,18 @@ class ScaledScores:
         self.shape = (*self.log_mass.shape[:-1], num_prototypes)
 
         self.values = codes if codes is not None and codes.dtype == dtype else None
-        self.memory = memory
-        if self.values is None and memory is None:
-            if len(parts) == 1:
-                self.values = empty((*self.log_mass.shape, num_prototypes), dtype, self.log_mass)
-            else:
-                samples = max([0, *[self.log_mass[part].numel() for part in parts]])
-                self.memory = empty((samples * num_prototypes,), dtype, self.log_mass)
+        if self.values is None and memory is None and len(parts) == 1:
+            self.values = empty((*self.log_mass.shape, num_prototypes), dtype, self.log_mass)
+        elif self.values is None and memory is None:
+            samples = max([0, *[self.log_mass[part].numel() for part in parts]])
+            self.memory = empty((samples * num_prototypes,), dtype, self.log_mass)
         self.blocks = [self.block(part) for part in parts]
-        self.f_of_p: Tensor | None = None  # of P in the memory
+        self.f_of_p: Tensor | None = None  # f of the P in memory, which then needs no scores
         self.f_of_level: Tensor | None = None
         self.level = torch.empty_like(self.log_mass)  # the largest S + f of each row
 
         self.nan_mask = torch.empty_like(self.log_mass)  # NaN for a score that is not finite, or 0
+        # The largest S + ε log r of each prototype, (..., K); ``lowest`` if no sample counts.
         self.largest = self.over_blocks(self._largest_of, torch.maximum, self.lowest)
         self.holds_scores = self.values is not None and not weighted
         self.code_mass = self.nan_mask + 1  # the sum of each code
@@ -173,10 +171,6 @@ class ScaledScores:
         self.keep(f)
         return Scaling(self, log_mass, mass, f, torch.ones_like(f)), sums
 
-    def holds_p(self, f: Tensor) -> bool:
-        """Tell whether P of ``f`` is in memory, so that no scores are needed."""
-        return self.f_of_p is f
-
     def keep(self, f: Tensor) -> None:
         """Note that a pass over all blocks has computed P of ``f``, which stays if it has room."""
         self.f_of_p, self.f_of_level = f if self.values is not None else None, f
@@ -188,6 +182,7 @@ class ScaledScores:
             return block.values
         assert scores is not None
         if self.f_of_level is not f:
+            self.f_of_level = None  # is about to change
             values = self.sums_with(f, block, scores)
             self._exponentials_of(block, values)
             return values
@@ -219,8 +214,10 @@ class ScaledScores:
 
     def with_scores(self, in_memory: bool) -> Iterable[tuple[Block, Tensor | None]]:
         """Return each block with its scores, or with ``None`` if what it needs is in memory."""
-        scores = [None] * len(self.blocks) if in_memory else self.scores()
-        return zip(self.blocks, scores, strict=True)
+        if in_memory:
+            return [(block, None) for block in self.blocks]
+        self.f_of_p = None  # is about to be overwritten
+        return zip(self.blocks, self.scores(), strict=True)
 
     def sum_of_logs(self, values: Tensor, dim: int) -> Tensor:
         """Return ε log Σ exp(values/ε) of scaled values, which are overwritten."""
@@ -268,9 +265,9 @@ class Scaling(NamedTuple):
         """
         if self.scores.fractional:
             log_factor = (target.log() - masses.log()).masked_fill_(masses == 0, 0)
-            return Scaling(*self[:-1], log_factor)
+            return self._replace(log_factor=log_factor)
         u = self.u * (target / masses).masked_fill_(masses == 0, 1)
-        return Scaling(*self[:4], u, self.scalings + 1)
+        return self._replace(u=u, scalings=self.scalings + 1)
 
     def masses(self) -> tuple[Scaling, Tensor]:
         """Return a scaling with the same Q, and the masses of the prototypes in it, (..., K).
@@ -286,7 +283,7 @@ class Scaling(NamedTuple):
             p = all_scores.p_of(f, block, scores)
             return over_samples(p, mass[block.part] / over_prototypes(p, _of(u, block)))
 
-        sums = all_scores.over_blocks(sums_of, in_memory=all_scores.holds_p(f))
+        sums = all_scores.over_blocks(sums_of, in_memory=all_scores.f_of_p is f)
         all_scores.keep(f)
         sums *= u
         return scaling, sums if all_scores.fractional else sums.mul_(_UNIT_OF_MASSES)
@@ -302,10 +299,11 @@ class Scaling(NamedTuple):
             added = log_v.add_(self.log_mass[block.part]).mul_(all_scores.temperature)
             return all_scores.sum_of_logs(values.add_(added.unsqueeze(-1)), -2)
 
-        def combine(*both: Tensor, out: Tensor) -> None:
-            out.copy_(all_scores.sum_of_logs(torch.stack(both), 0))
-
-        return all_scores.over_blocks(of_block, combine, -math.inf)
+        return all_scores.over_blocks(
+            of_block,
+            lambda *both, out: out.copy_(all_scores.sum_of_logs(torch.stack(both), 0)),
+            -math.inf,
+        )
 
     def kernel(self) -> Kernel:
         """Return the kernel that gives the codes."""
@@ -341,7 +339,7 @@ class Kernel(NamedTuple):
         ``rounded`` changes codes in place, before they are converted to the dtype of the memory.
         """
         assert self.scores.all_codes is not None
-        for block, scores in self.scores.with_scores(self.scores.holds_p(self.f)):
+        for block, scores in self.scores.with_scores(self.scores.f_of_p is self.f):
             self.codes_of(block, scores, rounded)
         self.scores.f_of_p = None
         return self.scores.all_codes
@@ -352,7 +350,7 @@ class Kernel(NamedTuple):
         scores: Tensor | None,
         rounded: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Return Q of a block, in place of its P; ``scores`` are not needed if P is in memory."""
+        """Return Q of a block, once, in place of its P. Needs no scores if P is in memory."""
         values = self.scores.p_of(self.f, block, scores).mul_(_row(self.u, block))
         v = (self.scores.code_mass[block.part] / values.sum(dim=-1)).unsqueeze(-1)
         all_codes = self.scores.all_codes
