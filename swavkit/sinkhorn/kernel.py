@@ -135,10 +135,7 @@ class ScaledScores:
         self.log_mass.masked_fill_(masked, -math.inf)
 
     def block(self, part: Part) -> Block:
-        """Return the block of a part, for :meth:`Kernel.codes_of` also of one not in ``parts``.
-
-        That needs the memory of the codes, or parts that keep no P.
-        """
+        """Return the block of a part, which may be smaller than those of ``parts``."""
         if self.values is not None:
             return Block(part, self.values[part])
         shape = (*self.log_mass[part].shape, self.shape[-1])
