@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from swavkit import SinkhornKnopp, sinkhorn_knopp
 from swavkit.sinkhorn import at_once as at_once_route
 from swavkit.sinkhorn import kernel
+from swavkit.sinkhorn.marginals import masses
 from tests import oracles, tolerances
 from tests.modes import (
     CountingBackend,
@@ -586,6 +587,41 @@ def small_blocks() -> Iterator[None]:
         patch.object(at_once_route, "_VALUES_AT_ONCE", 0),
     ):
         yield
+
+
+@pytest.mark.parametrize("fractional", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["kept", "not kept"])
+def test_masses_and_codes_of_an_earlier_step_do_not_depend_on_later_ones(
+    fractional: bool, dtype: torch.dtype
+) -> None:
+    values = torch.randn(11, 5, dtype=torch.float64)
+    with small_blocks():
+        parts = kernel.parts_of(values)
+        scores = kernel.ScaledScores(
+            lambda: (values[part] for part in parts),
+            parts,
+            masses(None, values.shape[:1], values.device, values.dtype),
+            5,
+            None,
+            weighted=False,
+            fractional=fractional,
+            epsilon=0.5,
+            codes=torch.empty_like(values, dtype=dtype),
+        )
+        scaling, first_masses = scores.start(-scores.largest, scores.log_mass)
+        steps, found = [scaling.scale(scores.target, first_masses)], []
+        for _ in range(7):  # more than scalings of one P
+            scaling, masses_now = steps[-1].masses()
+            found.append((masses_now, scaling.kernel().codes().clone()))
+            steps.append(scaling.scale(scores.target, masses_now))
+        steps[1].masses()
+        steps[1].log_masses()
+        torch.testing.assert_close(steps[1].masses()[1], found[1][0])
+        for scaling, expected in reversed(list(zip(steps, found, strict=False))):
+            scaling, masses_again = scaling.masses()
+            torch.testing.assert_close((masses_again, scaling.kernel().codes()), expected)
+        _, again = scores.start(-scores.largest, scores.log_mass)
+        torch.testing.assert_close(again, first_masses)
 
 
 @pytest.mark.parametrize("relaxation", [math.inf, 0.1])

@@ -37,9 +37,8 @@ from swavkit._prediction_errors import normalized_weights
 from swavkit._tensors import autocast_disabled, product_dtype, traceable
 from swavkit.fused.score_blocks import BlockScores, find_memory
 from swavkit.sinkhorn.functional import Settings, one_hot
-from swavkit.sinkhorn.iterations import find_u
+from swavkit.sinkhorn.iterations import find_kernels
 from swavkit.sinkhorn.kernel import Kernel
-from swavkit.sinkhorn.marginals import target_marginal
 from swavkit.swapped_prediction import errors_of_samples
 from swavkit.swav_statistics import (
     SwAVStatistics,
@@ -101,21 +100,20 @@ def fused_losses(
             for head, pair in enumerate(predicting)
         ]
         find_memory(head_scores, most_bytes_of_kernels)
+        heads = list(zip(head_scores, prototype_weights, strict=True))
+        # On one rank one by one, while P is in the cache.
+        batches = [[each] for each in heads] if group is None else [heads]
         kernels = [
-            scores.kernel(code_weight, prototype_weight, settings.epsilon)
-            for scores, prototype_weight in zip(head_scores, prototype_weights, strict=True)
+            kernel
+            for batch in batches
+            for kernel in find_kernels(
+                [scores.scaled(code_weight, mass, settings.epsilon) for scores, mass in batch],
+                settings.iterations,
+                settings.relaxation,
+                settings.tolerance,
+                group,
+            )
         ]
-        find_u(
-            kernels,
-            [
-                target_marginal(weight, kernel.log_mass)
-                for weight, kernel in zip(prototype_weights, kernels, strict=True)
-            ],
-            settings.iterations,
-            settings.relaxation,
-            settings.tolerance,
-            group,
-        )
         results = [
             _loss(scores, kernel, sample_weight, temperature, settings.hard, statistics, *needed)
             for scores, kernel, needed in zip(head_scores, kernels, needs_gradients, strict=True)

@@ -6,15 +6,15 @@ take a part of the block at a time, small enough for the cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
 from torch import Tensor
 
 from swavkit._tensors import at_least_float32, empty, on_cpu
-from swavkit.sinkhorn.kernel import Kernel, Part
-from swavkit.sinkhorn.marginals import masses, may_be_fractional
+from swavkit.sinkhorn.kernel import Kernel, ScaledScores
+from swavkit.sinkhorn.marginals import masses, may_be_fractional, target_marginal
 
 # The scores of a block on a CPU: 2^21 take 1.15 times as long at 8×256×3,000. For few features,
 # reading the prototypes takes most of the time of a product, so with many prototypes a block grows
@@ -64,7 +64,6 @@ class BlockScores:
         self.blocks = self._blocks(views, 0, samples)
         self.code_blocks = self._blocks(num_code_views, 0, samples)
         self.code_blocks += self._blocks(num_code_views, samples, self.code_features.shape[1])
-        self.current = features[:0, :0], 0  # scores of a code block, and its first sample
         self.block_memory: Tensor | None = None  # for the scores of a block, as bytes
         self.code_memory: Tensor | None = None  # for those that give codes, which may be the same
         self.part_memory: Tensor | None = None  # for P of a part, flat
@@ -105,18 +104,20 @@ class BlockScores:
         prototypes = len(self.directions)
         return scores * prototypes, code_scores * prototypes, part * prototypes
 
-    def kernel(
+    def scaled(
         self, weight: Tensor | None, prototype_weight: Tensor | None, epsilon: float | Tensor
-    ) -> Kernel:
-        """Return a new kernel of the code views."""
+    ) -> ScaledScores:
+        """Return the scaled scores of the code views."""
         shape = self.code_features.shape[:-1]
+        sample_mass = masses(weight, shape, self.features.device, self.dtype)
         # If all of P is kept, a part of several views is not contiguous in it.
         views = [slice(None)] if self.all_p is None else range(len(self.code_features))
-        return Kernel(
-            self._part_scores,
+        return ScaledScores(
+            lambda: self._scores_of_parts(views),
             [(view, rows) for rows in self.parts for view in views],
-            masses(weight, shape, self.features.device, self.dtype),
+            sample_mass,
             len(self.directions),
+            target_marginal(prototype_weight, sample_mass.log),
             weighted=weight is not None,
             fractional=may_be_fractional(weight, prototype_weight),
             epsilon=epsilon,
@@ -124,29 +125,26 @@ class BlockScores:
             memory=self.part_memory,
         )
 
-    def _part_scores(self, part: Part) -> Tensor:
-        """Return the scores of a part of the code views. Parts must be requested in order."""
-        view, rows = part
-        assert isinstance(rows, slice)
-        if view in (0, slice(None)):
-            for block, _ in self.code_blocks:  # not a dict, whose keys torch.compile fixes
-                if block.start == rows.start:
-                    self.current = self._code_scores(block), block.start
-        scores, first = self.current
-        return scores[view, rows.start - first : rows.stop - first]
+    def _scores_of_parts(self, views: Sequence[int | slice]) -> Iterator[Tensor]:
+        """Yield the scores of each part of the code views. The next block overwrites them."""
+        for block, parts in self.code_blocks:
+            scores = self._code_scores(block)
+            for rows in parts:
+                for view in views:
+                    yield scores[view, rows.start - block.start : rows.stop - block.start]
 
     def codes(self, kernel: Kernel, rows: slice, scores: Tensor) -> list[Tensor]:
         """Return the codes (b, K) of each code view for some samples, given :meth:`code_scores`."""
         if self.all_p is None:
-            return list(kernel.codes_of(kernel.block((slice(None), rows)), scores))
+            return list(kernel.codes_of(kernel.scores.block((slice(None), rows)), scores))
         return [
-            kernel.codes_of(kernel.block((view, rows)), view_scores)
+            kernel.codes_of(kernel.scores.block((view, rows)), view_scores)
             for view, view_scores in enumerate(scores)
         ]
 
     def code_scores(self, kernel: Kernel, rows: slice, scores: Tensor) -> Tensor:
         """Return the scores (A, b, K) that give the codes of a block, given those of all views."""
-        if self.shares_scores or kernel.holds_p:  # the codes then need none
+        if self.shares_scores or kernel.scores.f_of_p is kernel.f:  # the codes then need none
             return scores[: len(self.code_features)]
         return self._code_scores(rows)
 

@@ -24,8 +24,8 @@ from swavkit import _checks
 from swavkit._tensors import at_least_float32, autocast_disabled, empty
 from swavkit.distributed.collectives import participants
 from swavkit.sinkhorn.at_once import fastest_codes, fits_at_once
-from swavkit.sinkhorn.iterations import find_u
-from swavkit.sinkhorn.kernel import Kernel, Masses, parts_of
+from swavkit.sinkhorn.iterations import find_kernels
+from swavkit.sinkhorn.kernel import Masses, ScaledScores, parts_of
 from swavkit.sinkhorn.marginals import (
     masses,
     may_be_fractional,
@@ -265,41 +265,36 @@ def solve(
         if settings.validate:
             for problem in problems:
                 refuse_bad_values(*problem, group)
-        codes: list[Tensor] = []
-        kernels: list[Kernel] = []
-        prototype_masses: list[Tensor | None] = []
-        for problem in problems:
-            scores = _without_leading_ones(problem.scores)
-            dtype = settings.dtype or scores.dtype
-            if (
-                group is None
-                and _is_plain(problem, settings)
-                and fits_at_once(scores, settings.iterations)
-            ):
-                present = problem.sample_weight
-                if present is not None:
-                    present = present.expand(problem.scores.shape[:-1]).reshape(scores.shape[:-1])
-                found = fastest_codes(scores, settings.epsilon, settings.iterations, present)
-                codes.append((one_hot(found) if settings.hard else found).to(dtype))
-                continue
-            codes.append(empty(scores.shape, dtype, scores))
-            kernels.append(_kernel(problem, scores, codes[-1], settings.epsilon))
-            prototype_masses.append(target_marginal(problem.prototype_weight, kernels[-1].log_mass))
-        if kernels:
-            find_u(
-                kernels,
-                prototype_masses,
-                settings.iterations,
-                settings.relaxation,
-                settings.tolerance,
-                group,
-            )
-        for kernel in kernels:
-            kernel.codes(one_hot if settings.hard else None)
-        return [
-            each.view(problem.scores.shape) if problem.scores.dim() > 2 else each
-            for each, problem in zip(codes, problems, strict=True)
-        ]
+        # On one rank one by one, while P is in the cache.
+        batches = [[each] for each in problems] if group is None else [problems]
+        return [codes for batch in batches for codes in _solve_in_step(batch, settings, group)]
+
+
+def _solve_in_step(
+    problems: Sequence[Problem], settings: Settings, group: ProcessGroup | None
+) -> list[Tensor]:
+    """Return the codes of each problem, with as many collectives as for one."""
+    first, scores = problems[0], _without_leading_ones(problems[0].scores)
+    if group is None and _is_plain(first, settings) and fits_at_once(scores, settings.iterations):
+        present = first.sample_weight
+        if present is not None:
+            present = present.expand(first.scores.shape[:-1]).reshape(scores.shape[:-1])
+        codes = fastest_codes(scores, settings.epsilon, settings.iterations, present)
+        codes = one_hot(codes) if settings.hard else codes
+        found = [codes.to(settings.dtype or scores.dtype)]
+    else:
+        kernels = find_kernels(
+            [_scaled_scores(problem, settings) for problem in problems],
+            settings.iterations,
+            settings.relaxation,
+            settings.tolerance,
+            group,
+        )
+        found = [kernel.codes(one_hot if settings.hard else None) for kernel in kernels]
+    return [
+        each.view(problem.scores.shape) if problem.scores.dim() > 2 else each
+        for each, problem in zip(found, problems, strict=True)
+    ]
 
 
 def _is_plain(problem: Problem, settings: Settings) -> bool:
@@ -317,19 +312,22 @@ def _without_leading_ones(scores: Tensor) -> Tensor:
     return scores
 
 
-def _kernel(problem: Problem, scores: Tensor, codes: Tensor, epsilon: float | Tensor) -> Kernel:
+def _scaled_scores(problem: Problem, settings: Settings) -> ScaledScores:
+    scores = _without_leading_ones(problem.scores)
     dtype = at_least_float32(scores.dtype)
     shape = problem.scores.shape[:-1]
     sample_mass = masses(problem.sample_weight, shape, scores.device, dtype)
-    return Kernel(
-        scores.__getitem__,
-        parts_of(scores),
+    parts = parts_of(scores)
+    return ScaledScores(
+        lambda: (scores[part] for part in parts),
+        parts,
         Masses(*(each.view(*scores.shape[:-2], each.shape[-1]) for each in sample_mass)),  # r
         scores.shape[-1],
+        target_marginal(problem.prototype_weight, sample_mass.log),
         weighted=problem.sample_weight is not None,
         fractional=may_be_fractional(problem.sample_weight, problem.prototype_weight),
-        epsilon=epsilon,
-        codes=codes,
+        epsilon=settings.epsilon,
+        codes=empty(scores.shape, settings.dtype or scores.dtype, scores),
     )
 
 

@@ -1,12 +1,11 @@
-"""The iterations of Sinkhorn-Knopp over all ranks: they find u of a kernel.
+"""The iterations of Sinkhorn-Knopp over all ranks: they find f and u of a kernel.
 
-``kernel.py`` sums masses over samples, this file over ranks. Several kernels go in step, so that
+``kernel.py`` sums masses over samples, this file over ranks. Several problems go in step, so that
 their sums travel in one collective.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -21,75 +20,88 @@ from swavkit.distributed.collectives import (
     max_over_ranks,
     sum_over_ranks,
 )
-from swavkit.sinkhorn.kernel import Kernel
+from swavkit.sinkhorn.kernel import Kernel, ScaledScores, Scaling
 
 if TYPE_CHECKING:
     from swavkit.distributed.collectives import ProcessGroup
 
+# Scores; the largest S + ε log r of each prototype over all ranks, 0 if no sample counts; log r
+# relative to the largest of all ranks.
+_Problem = tuple[ScaledScores, Tensor, Tensor]
 
-def find_u(
-    kernels: Sequence[Kernel],
-    prototype_masses: Sequence[Tensor | None],
+
+def find_kernels(
+    scores: Sequence[ScaledScores],
     iterations: int,
     relaxation: float,
     tolerance: float | None,
     group: ProcessGroup | None,
-) -> None:
-    """Run the Sinkhorn iterations and set u of each kernel.
+) -> list[Kernel]:
+    """Run the Sinkhorn iterations and return the kernel of each problem.
 
     Args:
-        kernels: One or more new kernels, of any shapes.
-        prototype_masses: The target marginal (K,) of each kernel, of sum 1; ``None`` for equal
-            masses.
+        scores: Those of one or more problems, of any shapes.
         iterations: The number of iterations, or the maximum number with ``tolerance``.
         relaxation: ρ; infinity is the strict constraint.
-        tolerance: A kernel stops when its marginal error is at most this.
+        tolerance: A problem stops when its marginal error is at most this.
         group: The ranks.
     """
-    if group is None and len(kernels) > 1:  # one by one, while P is in the cache
-        for kernel, mass in zip(kernels, prototype_masses, strict=True):
-            find_u([kernel], [mass], iterations, relaxation, tolerance, None)
-    elif relaxation == math.inf:
-        _iterate(kernels, prototype_masses, iterations, tolerance, group)
+    shifts = [each.largest for each in scores]
+    log_masses = [each.log_mass for each in scores]
+    if group is not None:
+        own = [torch.cat([each.largest, each.log_largest_mass], dim=-1) for each in scores]
+        of_all = in_one_collective(max_over_ranks, own, group)
+        shifts = [largest[..., :-1] for largest in of_all]
+        log_masses = [
+            each.log_mass + (each.log_largest_mass - largest[..., -1:])
+            for each, largest in zip(scores, of_all, strict=True)
+        ]
+    problems = [
+        (each, shift.masked_fill(shift <= each.lowest, 0), log_mass)
+        for each, shift, log_mass in zip(scores, shifts, log_masses, strict=True)
+    ]
+    if relaxation == math.inf:
+        scalings = _iterate(problems, iterations, tolerance, group)
     else:
-        _iterate_relaxed(kernels, prototype_masses, iterations, relaxation, group)
+        scalings = _iterate_relaxed(problems, iterations, relaxation, group)
+    return [scaling.kernel() for scaling in scalings]
 
 
 def _iterate(
-    kernels: Sequence[Kernel],
-    prototype_masses: Sequence[Tensor | None],
+    problems: Sequence[_Problem],
     iterations: int,
     tolerance: float | None,
     group: ProcessGroup | None,
-) -> None:
+) -> list[Scaling]:
     """Run strict iterations until their number or the tolerance is reached."""
-    first_masses, targets = [], []
-    for kernel, mass, largest in zip(
-        kernels, prototype_masses, _largest_scores(kernels, group), strict=True
-    ):
-        f = -largest if mass is None else mass.log() * kernel.temperature - largest
-        targets.append(_equal_mass(f) if mass is None else mass)
-        first_masses.append(kernel.start(f))
-    masses = in_one_collective(sum_over_ranks, first_masses, group)
+    started = []
+    for scores, shift, log_mass in problems:
+        f = -shift if scores.equal else scores.target.log() * scores.temperature - shift
+        started.append(scores.start(f, log_mass))
+    targets = [scores.target for scores, _, _ in problems]
+    scalings = [scaling for scaling, _ in started]
+    masses = in_one_collective(sum_over_ranks, [mass for _, mass in started], group)
+    unfinished = list(range(len(problems)))
     for iteration in range(iterations):
         if iteration > 0:
-            masses = in_one_collective(
-                sum_over_ranks, [kernel.masses() for kernel in kernels], group
-            )
+            steps = [scalings[each].masses() for each in unfinished]
+            sums = in_one_collective(sum_over_ranks, [own for _, own in steps], group)
+            for each, (scaling, _), mass in zip(unfinished, steps, sums, strict=True):
+                scalings[each], masses[each] = scaling, mass
             if iteration == 1:  # the total mass; v cancels any factor of the first u
                 targets = [
                     share * mass.sum(dim=-1, keepdim=True)
                     for share, mass in zip(targets, masses, strict=True)
                 ]
             if tolerance is not None:  # all ranks see the same masses
-                far = [not _near(*pair, tolerance) for pair in zip(masses, targets, strict=True)]
-                kernels = list(itertools.compress(kernels, far))
-                targets = list(itertools.compress(targets, far))
-                masses = list(itertools.compress(masses, far))
-                if not kernels:
+                unfinished = [
+                    each for each in unfinished if not _near(masses[each], targets[each], tolerance)
+                ]
+                if not unfinished:
                     break
-        for kernel, share, mass in zip(kernels, targets, masses, strict=True):
-            kernel.scale(share, mass)
+        for each in unfinished:
+            scalings[each] = scalings[each].scale(targets[each], masses[each])
+    return scalings
 
 
 def _near(mass: Tensor, target: Tensor, tolerance: float) -> bool:
@@ -98,13 +110,12 @@ def _near(mass: Tensor, target: Tensor, tolerance: float) -> bool:
 
 
 def _iterate_relaxed(
-    kernels: Sequence[Kernel],
-    prototype_masses: Sequence[Tensor | None],
+    problems: Sequence[_Problem],
     iterations: int,
     relaxation: float,
     group: ProcessGroup | None,
-) -> None:
-    """Run relaxed iterations in the log domain, and set f.
+) -> list[Scaling]:
+    """Run relaxed iterations in the log domain.
 
     One iteration is ::
 
@@ -114,65 +125,36 @@ def _iterate_relaxed(
     Masses are logarithms, since a prototype may get less mass than floating point can hold. They
     and f are multiplied by ε and scaled like the scores; see ``kernel.py``.
     """
-    shifts = _largest_scores(kernels, group)
-    targets = [
-        _equal_mass(shift) if mass is None else mass
-        for mass, shift in zip(prototype_masses, shifts, strict=True)
-    ]
+    started = [scores.start(-shift, log_mass) for scores, shift, log_mass in problems]
+    scalings = [scaling for scaling, _ in started]
     # r has sum 1 in the equations. Its sum over ranks comes with the first masses.
-    first_masses = [
-        torch.cat([kernel.start(-shift), kernel.log_mass.exp().sum(dim=-1, keepdim=True)], dim=-1)
-        for kernel, shift in zip(kernels, shifts, strict=True)
+    own = [
+        torch.cat([mass, scaling.log_mass.exp().sum(dim=-1, keepdim=True)], dim=-1)
+        for scaling, mass in started
     ]
-    totals = [
-        total.log_().mul_(kernel.temperature)
-        for kernel, total in zip(
-            kernels, in_one_collective(sum_over_ranks, first_masses, group), strict=True
-        )
-    ]
-    log_sums = [total[..., :-1] + shift for total, shift in zip(totals, shifts, strict=True)]
+    log_totals, log_sums = [], []
+    of_all = in_one_collective(sum_over_ranks, own, group)
+    for total, (scores, shift, _) in zip(of_all, problems, strict=True):
+        total.log_().mul_(scores.temperature)
+        log_totals.append(total[..., -1:])
+        log_sums.append(total[..., :-1] + shift)
     for iteration in range(iterations):
         if iteration > 0:
             # Their sums over ranks include f.
             log_masses = in_one_collective(
-                gather_over_ranks, [kernel.log_masses() for kernel in kernels], group
+                gather_over_ranks, [scaling.log_masses() for scaling in scalings], group
             )
             log_sums = [
-                kernel.sum_of_logs(of_ranks, 0) - kernel.f
-                for of_ranks, kernel in zip(log_masses, kernels, strict=True)
+                scaling.scores.sum_of_logs(of_ranks, 0) - scaling.f
+                for of_ranks, scaling in zip(log_masses, scalings, strict=True)
             ]
-        for kernel, share, log_sum, total in zip(kernels, targets, log_sums, totals, strict=True):
-            log_total = total[..., -1:]
-            log_sum = (log_sum - log_total).masked_fill_(
-                log_total == -math.inf, 0
-            )  # no sample is present
-            rho = traceable(relaxation, share.device)
-            strength = rho / (rho + kernel.epsilon)
-            f = strength * (share.log() * kernel.temperature - log_sum)
-            kernel.relax(f.masked_fill_(share == 0, -math.inf))
-
-
-def _equal_mass(like: Tensor) -> Tensor:
-    """Return the target mass of all prototypes, (1,)."""
-    return like.new_full((1,), 1 / like.shape[-1])
-
-
-def _largest_scores(kernels: Sequence[Kernel], group: ProcessGroup | None) -> list[Tensor]:
-    """Return the largest S + ε log r of each prototype over all ranks, (..., K).
-
-    It is 0 if no sample counts. Sample masses become relative to the largest of all ranks.
-    """
-    of_all = [kernel.largest_scores() for kernel in kernels]
-    if group is not None:
-        own = [
-            torch.cat([largest, kernel.log_largest_mass], dim=-1)
-            for kernel, largest in zip(kernels, of_all, strict=True)
-        ]
-        both = in_one_collective(max_over_ranks, own, group)
-        of_all = [largest[..., :-1] for largest in both]
-        for kernel, largest in zip(kernels, both, strict=True):
-            kernel.measure(largest[..., -1:])
-    return [
-        largest.masked_fill_(largest <= kernel.lowest, 0)
-        for kernel, largest in zip(kernels, of_all, strict=True)
-    ]
+        for each, (log_sum, log_total) in enumerate(zip(log_sums, log_totals, strict=True)):
+            scores = scalings[each].scores
+            no_samples = log_total == -math.inf
+            log_sum = (log_sum - log_total).masked_fill_(no_samples, 0)
+            mass = scores.target
+            rho = traceable(relaxation, mass.device)
+            strength = rho / (rho + scores.epsilon)
+            f = strength * (mass.log() * scores.temperature - log_sum)
+            scalings[each] = scalings[each]._replace(f=f.masked_fill_(mass == 0, -math.inf))
+    return scalings

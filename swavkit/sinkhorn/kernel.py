@@ -1,15 +1,16 @@
 """The scaled Gibbs kernel P = exp(S/ε) of Sinkhorn-Knopp, in blocks that stay in a CPU's cache.
 
-It sums masses over the samples of this rank. ``iterations.py`` sums over ranks and applies the
-target marginals.
+:class:`ScaledScores` starts a :class:`Scaling`, each iteration returns another one, and the last
+gives the :class:`Kernel` of the codes. Masses are sums over the samples of this rank;
+``iterations.py`` sums them over ranks.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,32 +59,25 @@ class Block(NamedTuple):
     """Some samples of one problem, or the same samples of several problems."""
 
     part: Part
-    values: Tensor  # (..., b, K), scaled scores and then P
-    log_mass: Tensor  # (..., b), log r
-    nan_mask: Tensor  # (..., b), NaN for a sample with a score that is not finite, else 0
+    values: Tensor  # memory (..., b, K) for scaled scores and then P
 
 
-class Kernel:
-    """The scaled kernel P = exp((S + f)/ε) of one problem or N, for Q = diag(v) P diag(u).
+class ScaledScores:
+    """The scores S of one problem or N, which are read once at construction.
 
-    Each row of P is divided by its largest entry, so that no finite score overflows. Only u and f
-    are state: v follows from them, since each row of Q sums to 1. Each method reads the scores or P
-    once. The order of calls is :meth:`largest_scores`, :meth:`measure` if there are several ranks,
-    :meth:`start`, then :meth:`scale` and :meth:`masses` in turn (or :meth:`relax` and
-    :meth:`log_masses`), and at last :meth:`codes`.
+    They are multiplied by a scale, see ``_SCALE``, and so is f. The rows of P = exp((S + f)/ε) are
+    divided by their largest entries, so that no finite score overflows. P of the last f is kept in
+    the memory of the codes. If that is missing or narrower than the arithmetic, P of a block is
+    computed whenever it is needed.
 
-    P stays as it is while u changes. When u is about to leave the range of floating point, it is
-    absorbed into f and P is computed anew. P lies in the memory of the codes. If that is missing or
-    narrower than the arithmetic, P of a block is computed whenever it is needed.
-
-    Scores and f are scaled, see ``_SCALE``. A sample with a NaN or infinite score has mass
-    0. Its code is NaN, or zeros if its weight is 0.
+    A sample with a NaN or infinite score has mass 0. Its code is NaN, or zeros if its weight is 0.
 
     Args:
-        scores: Returns the scores (..., b, K) of a part.
+        scores: Returns the scores (..., b, K) of each part, in the order of ``parts``.
         parts: The parts to compute at a time; see :func:`parts_of`.
         sample_mass: r of (B,) or (N, B) samples, in the dtype of all arithmetic; overwritten.
         num_prototypes: K.
+        prototype_mass: c, (K,), of sum 1; ``None`` for equal masses.
         weighted: Whether a sample mass may be 0.
         fractional: Whether masses of samples or prototypes may differ in any other way.
         epsilon: ε.
@@ -93,10 +87,11 @@ class Kernel:
 
     def __init__(
         self,
-        scores: Callable[[Part], Tensor],
+        scores: Callable[[], Iterable[Tensor]],
         parts: Sequence[Part],
         sample_mass: Masses,
         num_prototypes: int,
+        prototype_mass: Tensor | None,
         *,
         weighted: bool,
         fractional: bool,
@@ -104,140 +99,122 @@ class Kernel:
         codes: Tensor | None = None,
         memory: Tensor | None = None,
     ) -> None:
-        self.scores = scores
+        self.scores, self.all_codes, self.memory = scores, codes, memory
         self.log_mass, self.log_largest_mass = sample_mass
-        self.epsilon = traceable(epsilon, self.log_mass.device)
-        self.all_codes = codes
         self.weighted, self.fractional = weighted, fractional
+        self.equal = prototype_mass is None
+        if prototype_mass is None:
+            prototype_mass = self.log_mass.new_full((1,), 1 / num_prototypes)
+        self.target = prototype_mass  # c
         dtype = self.log_mass.dtype
-        self.scale_of_scores, self.rate = scale_and_rate(self.epsilon, dtype)
-        self.temperature = self.epsilon * self.scale_of_scores
+        self.epsilon = traceable(epsilon, self.log_mass.device)
+        self.scale, self.rate = scale_and_rate(self.epsilon, dtype)
+        self.temperature = self.epsilon * self.scale
         self.lowest = torch.finfo(dtype).min / 4  # the scaled score of an excluded prototype
         self.shape = (*self.log_mass.shape[:-1], num_prototypes)
-        self.scalings = 0  # of the present P by u
-        self.log_factor: Tensor | None = None  # of u, if that may be out of range
-        self.nan_mask = torch.empty_like(self.log_mass)
+
+        self.values = codes if codes is not None and codes.dtype == dtype else None
+        if self.values is None and memory is None and len(parts) == 1:
+            self.values = empty((*self.log_mass.shape, num_prototypes), dtype, self.log_mass)
+        elif self.values is None and memory is None:
+            samples = max([0, *[self.log_mass[part].numel() for part in parts]])
+            self.memory = empty((samples * num_prototypes,), dtype, self.log_mass)
+        self.blocks = [self.block(part) for part in parts]
+        self.f_of_p: Tensor | None = None  # f of the P in memory, which then needs no scores
+        self.f_of_level: Tensor | None = None
         self.level = torch.empty_like(self.log_mass)  # the largest S + f of each row
 
-        self.memory = memory
-        self.keeps_values = codes is not None and codes.dtype == dtype
-        if not self.keeps_values:
-            self.keeps_values = len(parts) == 1 and memory is None
-            if memory is None:
-                samples = max([0, *[self.log_mass[part].numel() for part in parts]])
-                self.memory = empty((samples * num_prototypes,), dtype, self.log_mass)
-        self.holds_p = False
-        self.blocks = [self.block(part) for part in parts]
-
-    def block(self, part: Part) -> Block:
-        """Return the block of a part, for :meth:`codes_of` also of one that is not in ``parts``.
-
-        That needs the memory of the codes, or parts that keep no P.
-        """
-        return Block(part, self._room(part), self.log_mass[part], self.nan_mask[part])
-
-    def _room(self, part: Part) -> Tensor:
-        """Return the memory of a part's values."""
-        if self.all_codes is not None and self.all_codes.dtype == self.log_mass.dtype:
-            return self.all_codes[part]
-        shape = (*self.log_mass[part].shape, self.shape[-1])
-        if torch.compiler.is_compiling():  # which does not support aliases
-            return self.log_mass.new_empty(shape)
-        assert self.memory is not None
-        return self.memory[: math.prod(shape)].view(shape)
-
-    def largest_scores(self) -> Tensor:
-        """Return the largest S + ε log r of each prototype, (..., K), scaled.
-
-        It is ``lowest`` if no sample counts. The method also finds the samples with scores that are
-        not finite.
-        """
-        largest = self._over_blocks(self._largest_of, torch.maximum, self.lowest)
+        self.nan_mask = torch.empty_like(self.log_mass)  # NaN for a score that is not finite, or 0
+        # The largest S + ε log r of each prototype, (..., K); ``lowest`` if no sample counts.
+        self.largest = self.over_blocks(self._largest_of, torch.maximum, self.lowest)
+        self.holds_scores = self.values is not None and not weighted
         self.code_mass = self.nan_mask + 1  # the sum of each code
         masked = self.nan_mask.isnan()
-        if self.weighted:
+        if weighted:
             self.code_mass.masked_fill_(masked & (self.log_mass == -math.inf), 0)
         self.log_mass.masked_fill_(masked, -math.inf)
-        return largest
 
-    def measure(self, log_largest_mass: Tensor) -> None:
-        """Make sample masses relative to a given one, (..., 1), that of all ranks."""
-        self.log_mass += self.log_largest_mass - log_largest_mass
+    def block(self, part: Part) -> Block:
+        """Return the block of a part, which may be smaller than those of ``parts``."""
+        if self.values is not None:
+            return Block(part, self.values[part])
+        shape = (*self.log_mass[part].shape, self.shape[-1])
+        if torch.compiler.is_compiling():  # which does not support aliases
+            return Block(part, self.log_mass.new_empty(shape))
+        assert self.memory is not None
+        return Block(part, self.memory[: math.prod(shape)].view(shape))
 
-    def start(self, f: Tensor) -> Tensor:
-        """Set f and return Σ_i r_i exp((S_ij + f_j)/ε), (..., K), whose terms must be at most 1."""
-        self.f, self.u = f, torch.ones_like(f)
-        self.mass = self.log_mass.exp()
+    def start(self, f: Tensor, log_mass: Tensor) -> tuple[Scaling, Tensor]:
+        """Return a scaling with u = 1 and Σ_i r_i exp((S_ij + f_j)/ε), (..., K).
+
+        Each term must be at most 1. ``log_mass`` is log r relative to the largest of all ranks.
+        """
+
+        def sums_of(block: Block, scores: Tensor | None) -> Tensor:
+            if scores is None:
+                values = block.values.add_(_row(f, block))
+            else:
+                values = self.sums_with(f, block, scores)
+            largest = self._exponentials_of(block, values)
+            # The factor of a sample of weight 0 may be infinite.
+            factor = (largest * self.rate).clamp_(max=-self.lowest).add_(log_mass[block.part])
+            return over_samples(values, factor.exp_())
+
+        mass = log_mass.exp()
         if self.fractional:  # in two steps, for masses below the range of floating point
-            root = (self.log_mass / 2).exp_()
-            self.mass = root * _UNIT_OF_MASSES * root
-        sums = self._over_blocks(self._start_of, torch.add, 0)
-        self.holds_p, self.knows_level = self.keeps_values, not self.fractional
-        return sums
+            root = (log_mass / 2).exp_()
+            mass = root * _UNIT_OF_MASSES * root
+        sums = self.over_blocks(sums_of, in_memory=self.holds_scores)
+        self.keep(f)
+        return Scaling(self, log_mass, mass, f, torch.ones_like(f)), sums
 
-    def scale(self, target: Tensor, masses: Tensor) -> None:
-        """Scale u so that prototypes with ``masses`` (..., K) get those of ``target``.
+    def keep(self, f: Tensor) -> None:
+        """Note that a pass over all blocks has computed P of ``f``, which stays if it has room."""
+        self.f_of_p, self.f_of_level = f if self.values is not None else None, f
+        self.holds_scores = False
 
-        A prototype of mass 0 keeps its u: its target is 0, or no sample is present.
-        """
-        if self.fractional:
-            self.log_factor = (target.log() - masses.log()).masked_fill_(masses == 0, 0)
-        else:
-            self.u = self.u * (target / masses).masked_fill_(masses == 0, 1)
-            self.scalings += 1
+    def p_of(self, f: Tensor, block: Block, scores: Tensor | None) -> Tensor:
+        """Return P of a block, given its scores unless P is in memory."""
+        if self.f_of_p is f:
+            return block.values
+        assert scores is not None
+        if self.f_of_level is not f:
+            self.f_of_level = None  # is about to change
+            values = self.sums_with(f, block, scores)
+            self._exponentials_of(block, values)
+            return values
+        level = self.level[block.part].unsqueeze(-1)
+        values = scaled_sum(_row(f, block), scores, self.scale, out=block.values)
+        return values.sub_(level).mul_(self.rate).exp_().nan_to_num_(1)
 
-    def masses(self) -> Tensor:
-        """Return the masses of the prototypes in Q, (..., K).
+    def sums_with(self, f: Tensor, block: Block, scores: Tensor) -> Tensor:
+        """Return S + f of a block."""
+        return self._scaled(block, scores, self.nan_mask[block.part]).add_(_row(f, block))
 
-        Their unit is the same on all ranks, however u is divided between ``f`` and ``u``.
-        """
-        if self.fractional or self.scalings == SCALINGS_OF_ONE_KERNEL:
-            self._absorb()
-        sums = self._over_blocks(self._sums_of, torch.add, 0)
-        self.holds_p, self.knows_level = self.keeps_values, not self.fractional
-        sums *= self.u
-        return sums if self.fractional else sums.mul_(_UNIT_OF_MASSES)
-
-    def codes(self, rounded: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Return Q, (..., B, K), in place of P.
-
-        ``rounded`` changes codes in place, before they are converted to the dtype of the memory.
-        """
-        assert self.all_codes is not None
-        for block in self.blocks:
-            self.codes_of(block, rounded=rounded)
-        return self.all_codes
-
-    def codes_of(
+    def over_blocks(
         self,
-        block: Block,
-        scores: Tensor | None = None,
-        rounded: Callable[[Tensor], Tensor] | None = None,
+        of_block: Callable[[Block, Any], Tensor],
+        combine: Callable[..., object] = torch.add,
+        neutral: float = 0,
+        in_memory: bool = False,
     ) -> Tensor:
-        """Return Q of a block, in place of its P; ``scores`` are those of the block, if known."""
-        if self.log_factor is not None:  # up to a factor, which v cancels
-            root = (self.log_factor - self.log_factor.amax(dim=-1, keepdim=True)).div_(2).exp_()
-            u = (root * _UNIT_OF_U * root).clamp_(min=torch.finfo(root.dtype).tiny)
-            self.u, self.log_factor = self.u * u, None
-        values = self._p_of(block, scores).mul_(_row(self.u, block))
-        v = (self.code_mass[block.part] / values.sum(dim=-1)).unsqueeze(-1)
-        codes = values if self.all_codes is None else self.all_codes[block.part]
-        if rounded is None:
-            return torch.mul(values, v, out=codes)
-        return codes.copy_(rounded(values.mul_(v)))
+        """Combine the results (..., K) of all blocks and their scores, ``None`` if in memory."""
+        alone = len(self.blocks) == 1
+        result = self.log_mass if alone else self.log_mass.new_full(self.shape, neutral)
+        for block, scores in self.with_scores(in_memory):
+            found = of_block(block, scores)
+            if alone:
+                return found.view(self.shape)
+            of_part = _of(result, block)
+            combine(of_part, found, out=of_part)
+        return result
 
-    def relax(self, f: Tensor) -> None:
-        """Set f (..., K), with u = 1."""
-        self.f, self.u = f, torch.ones_like(f)
-        self.holds_p = self.knows_level = False
-
-    def log_masses(self) -> Tensor:
-        """Return ε times the logarithms of the masses, scaled, for u = 1 and of any size."""
-        return self._over_blocks(
-            self._log_masses_of,
-            lambda *both, out: out.copy_(self.sum_of_logs(torch.stack(both), 0)),
-            -math.inf,
-        )
+    def with_scores(self, in_memory: bool) -> Iterable[tuple[Block, Tensor | None]]:
+        """Return each block with its scores, or with ``None`` if what it needs is in memory."""
+        if in_memory:
+            return [(block, None) for block in self.blocks]
+        self.f_of_p = None  # is about to be overwritten
+        return zip(self.blocks, self.scores(), strict=True)
 
     def sum_of_logs(self, values: Tensor, dim: int) -> Tensor:
         """Return ε log Σ exp(values/ε) of scaled values, which are overwritten."""
@@ -246,92 +223,138 @@ class Kernel:
         sums = values.sub_(largest).mul_(self.rate).exp_().sum(dim=dim)
         return sums.log_().mul_(self.temperature).add_(largest.squeeze(dim))
 
-    def _absorb(self) -> None:
+    def _largest_of(self, block: Block, scores: Tensor) -> Tensor:
+        nan_mask = self.nan_mask[block.part].copy_(nan_mask_of(scores))
+        if self.weighted:
+            nan_mask = scaled_sum(nan_mask, self.log_mass[block.part], self.temperature)
+        return self._scaled(block, scores, nan_mask).amax(dim=-2)
+
+    def _scaled(self, block: Block, scores: Tensor, added: Tensor) -> Tensor:
+        """Compute S + ``added`` (..., b), scaled, and ``lowest`` where it is not finite."""
+        scaled_sum(added.unsqueeze(-1), scores, self.scale, out=block.values)
+        return block.values.nan_to_num_(self.lowest, self.lowest, self.lowest)
+
+    def _exponentials_of(self, block: Block, values: Tensor) -> Tensor:
+        largest = exponentials(values, self.rate, _LOG_UNIT_OF_KERNEL if self.fractional else 0)
+        self.level[block.part] = largest + self.nan_mask[block.part]
+        return largest
+
+
+class Scaling(NamedTuple):
+    """The scaling vectors of P during the iterations, for Q = diag(v) P diag(u).
+
+    v follows from f and u, since each row of Q sums to 1. P stays as it is while u changes. When u
+    is about to leave the range of floating point, it is absorbed into f and P is computed anew.
+    """
+
+    scores: ScaledScores
+    log_mass: Tensor  # (..., B), log r
+    mass: Tensor  # (..., B), r; in ``_UNIT_OF_MASSES`` if fractional
+    f: Tensor  # (..., K), scaled like the scores
+    u: Tensor  # (..., K)
+    scalings: int = 0  # of P by u
+    log_factor: Tensor | None = None  # (..., K), of u, if that may be out of range
+
+    def scale(self, target: Tensor, masses: Tensor) -> Scaling:
+        """Scale u so that prototypes with ``masses`` (..., K) get those of ``target``.
+
+        A prototype of mass 0 keeps its u: its target is 0, or no sample is present.
+        """
+        if self.scores.fractional:
+            log_factor = (target.log() - masses.log()).masked_fill_(masses == 0, 0)
+            return self._replace(log_factor=log_factor)
+        u = self.u * (target / masses).masked_fill_(masses == 0, 1)
+        return self._replace(u=u, scalings=self.scalings + 1)
+
+    def masses(self) -> tuple[Scaling, Tensor]:
+        """Return a scaling with the same Q, and the masses of the prototypes in it, (..., K).
+
+        Their unit is the same on all ranks, however u is divided between ``f`` and ``u``.
+        """
+        all_scores, mass, scaling = self.scores, self.mass, self
+        if all_scores.fractional or self.scalings == SCALINGS_OF_ONE_KERNEL:
+            scaling = self._absorbed()
+        f, u = scaling.f, scaling.u
+
+        def sums_of(block: Block, scores: Tensor | None) -> Tensor:
+            p = all_scores.p_of(f, block, scores)
+            return over_samples(p, mass[block.part] / over_prototypes(p, _of(u, block)))
+
+        sums = all_scores.over_blocks(sums_of, in_memory=all_scores.f_of_p is f)
+        all_scores.keep(f)
+        sums *= u
+        return scaling, sums if all_scores.fractional else sums.mul_(_UNIT_OF_MASSES)
+
+    def log_masses(self) -> Tensor:
+        """Return ε times the logarithms of the masses, scaled, for u = 1 and of any size."""
+        all_scores = self.scores
+
+        def of_block(block: Block, scores: Tensor) -> Tensor:
+            values = all_scores.sums_with(self.f, block, scores)
+            values.sub_(values.amax(dim=-1, keepdim=True))
+            log_v = (values * all_scores.rate).exp_().sum(dim=-1).log_().neg_()
+            added = log_v.add_(self.log_mass[block.part]).mul_(all_scores.temperature)
+            return all_scores.sum_of_logs(values.add_(added.unsqueeze(-1)), -2)
+
+        return all_scores.over_blocks(
+            of_block,
+            lambda *both, out: out.copy_(all_scores.sum_of_logs(torch.stack(both), 0)),
+            -math.inf,
+        )
+
+    def kernel(self) -> Kernel:
+        """Return the kernel that gives the codes."""
+        u, log_factor = self.u, self.log_factor
+        if log_factor is not None:  # up to a factor, which v cancels
+            root = (log_factor - log_factor.amax(dim=-1, keepdim=True)).div_(2).exp_()
+            u = u * (root * _UNIT_OF_U * root).clamp_(min=torch.finfo(root.dtype).tiny)
+        return Kernel(self.scores, self.f, u)
+
+    def _absorbed(self) -> Scaling:
         """Absorb u into f. The rounding error of f stays in u."""
         change = self.u.log()
         if self.log_factor is not None:
             change += self.log_factor
-        change *= self.temperature
+        change *= self.scores.temperature
         f = self.f + change
         part = f - self.f
         lost = (self.f - (f - part)) + (change - part)
-        self.u = lost.mul_(self.rate).masked_fill_(f == -math.inf, 0).exp_()
-        self.f, self.scalings, self.log_factor = f, 0, None
-        self.holds_p = self.knows_level = False
+        u = lost.mul_(self.scores.rate).masked_fill_(f == -math.inf, 0).exp_()
+        return self._replace(f=f, u=u, scalings=0, log_factor=None)
 
-    def _over_blocks(
+
+class Kernel(NamedTuple):
+    """The kernel P of the last iteration with its u: the codes are Q = diag(v) P diag(u)."""
+
+    scores: ScaledScores
+    f: Tensor  # (..., K)
+    u: Tensor  # (..., K)
+
+    def codes(self, rounded: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Return Q, (..., B, K), in place of P.
+
+        ``rounded`` changes codes in place, before they are converted to the dtype of the memory.
+        """
+        assert self.scores.all_codes is not None
+        for block, scores in self.scores.with_scores(self.scores.f_of_p is self.f):
+            self.codes_of(block, scores, rounded)
+        self.scores.f_of_p = None
+        return self.scores.all_codes
+
+    def codes_of(
         self,
-        of_block: Callable[[Block], Tensor],
-        combine: Callable[..., object],
-        neutral: float,
+        block: Block,
+        scores: Tensor | None,
+        rounded: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Combine the results of all blocks, (..., K)."""
-        if len(self.blocks) == 1:
-            return of_block(self.blocks[0]).view(self.shape)
-        result = self.log_mass.new_full(self.shape, neutral)
-        for block in self.blocks:
-            of_part = _of(result, block)
-            combine(of_part, of_block(block), out=of_part)
-        return result
-
-    def _scaled(self, block: Block, scores: Tensor, added: Tensor) -> Tensor:
-        """Compute S + ``added`` (..., b), scaled, and ``lowest`` where it is not finite."""
-        scaled_sum(added.unsqueeze(-1), scores, self.scale_of_scores, out=block.values)
-        return block.values.nan_to_num_(self.lowest, self.lowest, self.lowest)
-
-    def _largest_of(self, block: Block) -> Tensor:
-        scores = self.scores(block.part)
-        block.nan_mask.copy_(nan_mask_of(scores))
-        added = block.nan_mask
-        if self.weighted:
-            added = scaled_sum(added, block.log_mass, self.temperature)
-        return self._scaled(block, scores, added).amax(dim=-2)
-
-    def _sums_before_division(self, block: Block, scores: Tensor | None = None) -> Tensor:
-        """Compute S + f."""
-        if scores is None:
-            scores = self.scores(block.part)
-        return self._scaled(block, scores, block.nan_mask).add_(_row(self.f, block))
-
-    def _start_of(self, block: Block) -> Tensor:
-        if self.weighted or not self.keeps_values:
-            values = self._sums_before_division(block)
-        else:
-            values = block.values.add_(_row(self.f, block))
-        largest = self._exponentials_of(block, values)
-        # The factor of a sample of weight 0 may be infinite.
-        factor = (largest * self.rate).clamp_(max=-self.lowest).add_(block.log_mass).exp_()
-        return over_samples(values, factor)
-
-    def _sums_of(self, block: Block) -> Tensor:
-        values = self._p_of(block)
-        v = self.mass[block.part] / over_prototypes(values, _of(self.u, block))
-        return over_samples(values, v)
-
-    def _log_masses_of(self, block: Block) -> Tensor:
-        values = self._sums_before_division(block)
-        values.sub_(values.amax(dim=-1, keepdim=True))
-        log_v = (values * self.rate).exp_().sum(dim=-1).log_().neg_()
-        added = log_v.add_(block.log_mass).mul_(self.temperature)
-        return self.sum_of_logs(values.add_(added.unsqueeze(-1)), -2)
-
-    def _p_of(self, block: Block, scores: Tensor | None = None) -> Tensor:
-        if self.holds_p:
-            return block.values
-        if not self.knows_level:
-            values = self._sums_before_division(block, scores)
-            self._exponentials_of(block, values)
-            return values
-        if scores is None:
-            scores = self.scores(block.part)
-        f, level = _row(self.f, block), self.level[block.part].unsqueeze(-1)
-        values = scaled_sum(f, scores, self.scale_of_scores, out=block.values)
-        return values.sub_(level).mul_(self.rate).exp_().nan_to_num_(1)
-
-    def _exponentials_of(self, block: Block, values: Tensor) -> Tensor:
-        largest = exponentials(values, self.rate, _LOG_UNIT_OF_KERNEL if self.fractional else 0)
-        self.level[block.part] = largest + block.nan_mask
-        return largest
+        """Return Q of a block, once, in place of its P. Needs no scores if P is in memory."""
+        values = self.scores.p_of(self.f, block, scores).mul_(_row(self.u, block))
+        v = (self.scores.code_mass[block.part] / values.sum(dim=-1)).unsqueeze(-1)
+        all_codes = self.scores.all_codes
+        codes = values if all_codes is None else all_codes[block.part]
+        if rounded is None:
+            return torch.mul(values, v, out=codes)
+        return codes.copy_(rounded(values.mul_(v)))
 
 
 def parts_of(scores: Tensor) -> list[Part]:
