@@ -661,6 +661,7 @@ def test_blocks_take_no_operation_more_unless_they_are_asked_for(
     criterion = criterion_of("streamed", queue_length=queue_length)
     inputs = {"sample_weight": torch.ones(SAMPLES) if weighted else None}
     with of_form("streamed"):
-        assert operations(step_of(criterion, **inputs)) == number
-        assert operations(step_of(criterion, **inputs, return_statistics=False)) == number
-        assert operations(step_of(criterion, **inputs, return_statistics=True)) > number
+        unasked = operations(step_of(criterion, **inputs))
+        assert unasked <= number
+        assert operations(step_of(criterion, **inputs, return_statistics=False)) == unasked
+        assert operations(step_of(criterion, **inputs, return_statistics=True)) > unasked
