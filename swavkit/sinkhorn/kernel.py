@@ -125,9 +125,10 @@ class ScaledScores:
         self.level = torch.empty_like(self.log_mass)  # the largest S + f of each row
 
         self.nan_mask = torch.empty_like(self.log_mass)  # NaN for a score that is not finite, or 0
+        # With weights, a CPU keeps scores from one pass to the next at the price of one more block.
+        self.holds_scores = self.values is not None and (not weighted or on_cpu(self.log_mass))
         # The largest S + ε log r of each prototype, (..., K); ``lowest`` if no sample counts.
         self.largest = self.over_blocks(self._largest_of, torch.maximum, self.lowest)
-        self.holds_scores = self.values is not None and not weighted
         self.code_mass = self.nan_mask + 1  # the sum of each code
         masked = self.nan_mask.isnan()
         if weighted:
@@ -225,9 +226,15 @@ class ScaledScores:
 
     def _largest_of(self, block: Block, scores: Tensor) -> Tensor:
         nan_mask = self.nan_mask[block.part].copy_(nan_mask_of(scores))
-        if self.weighted:
-            nan_mask = scaled_sum(nan_mask, self.log_mass[block.part], self.temperature)
-        return self._scaled(block, scores, nan_mask).amax(dim=-2)
+        if not self.weighted:
+            return self._scaled(block, scores, nan_mask).amax(dim=-2)
+        log_mass = self.log_mass[block.part]
+        if not self.holds_scores:
+            nan_mask = scaled_sum(nan_mask, log_mass, self.temperature)
+            return self._scaled(block, scores, nan_mask).amax(dim=-2)
+        values = self._scaled(block, scores, nan_mask)
+        added = (log_mass * self.temperature).unsqueeze(-1)
+        return (values + added).amax(dim=-2).clamp_(min=self.lowest)
 
     def _scaled(self, block: Block, scores: Tensor, added: Tensor) -> Tensor:
         """Compute S + ``added`` (..., b), scaled, and ``lowest`` where it is not finite."""
