@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from swavkit import ClusterMonitor, FeatureQueue, SwAVLoss, SwAVStatistics, cluster_statistics
+from swavkit import ClusterMonitor, SwAVLoss, SwAVStatistics, cluster_statistics
 from swavkit.monitor import diagnosis
 from swavkit.monitor.diagnosis import check_sizes, diagnose
 
@@ -207,8 +207,6 @@ def test_bad_arguments_are_named() -> None:
         names({}, samples=math.inf)
     with pytest.raises(TypeError, match="figures must be a mapping, got list"):
         diagnose([], num_prototypes=K, samples=64, steps=1)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="features must have a floating-point dtype"):
-        names({}, features=torch.zeros(3, 2, dtype=torch.int64))
 
 
 # Ranks
@@ -229,28 +227,31 @@ def test_local_codes_are_found_in_a_job_of_several_ranks(monkeypatch: pytest.Mon
 # The queue
 
 
-def queue_of(features: Tensor) -> SimpleNamespace:
-    queue = FeatureQueue(2 * len(features), features.shape[1], num_views=1)
-    queue.push(features.unsqueeze(0))
-    return SimpleNamespace(queue=queue)
+def test_the_queue_rules_have_two_sides() -> None:
+    queue = {"queued": 16.0, "queue_std": 1.0, "queue_drift": 0.1}
+    assert names(queue) == []
+    assert names({**queue, "queue_std": 0.31}) == []
+    assert names({**queue, "queue_std": 0.29}) == ["queue_alike"]
+    assert names({**queue, "queue_drift": 0.49}) == []
+    assert names({**queue, "queue_drift": 0.51}) == ["queue_stale"]
+    alike = {**queue, "queue_std": 0.01, "queue_drift": 2.0}
+    assert names(alike) == ["queue_alike", "queue_stale"]
+    assert names({**alike, "queued": 15.0}) == []
+    assert names(alike, steps=100) == []
 
 
-def test_the_queue_is_compared_with_current_features() -> None:
-    generator = torch.Generator().manual_seed(0)
-    current = torch.randn(200, 32, generator=generator)
-    queued = torch.randn(200, 32, generator=generator)
-    offset = F.pad(torch.tensor([1.0]), (0, 31))
-    alike = offset + 0.01 * queued
-    settings = {"features": current}
-    assert names({}, criterion=queue_of(queued), **settings) == []
-    assert names({}, criterion=queue_of(queued * 1000), **settings) == []  # norms do not matter
-    assert names({}, criterion=queue_of(queued / 32**0.5 + offset), **settings) == ["queue_stale"]
-    assert names({}, criterion=queue_of(alike)) == ["queue_alike"]
-    assert names({}, criterion=queue_of(alike), **settings) == ["queue_alike", "queue_stale"]
-    assert names({}, criterion=queue_of(alike[:3]), **settings) == []  # too few
-    assert names({}, criterion=queue_of(alike), steps=100, **settings) == []
-    current[0] = math.nan
-    assert names({}, criterion=queue_of(queued), **settings) == []
+# Heads
+
+
+def test_a_loss_of_several_heads_is_compared_with_the_mean_of_their_ln_k() -> None:
+    criterion = SwAVLoss(8, [K, 10])
+    chance = (LN_K + math.log(10)) / 2
+    good = {"perplexity": 9.0, "code_entropy": 1.0, "loss": 0.97 * chance}
+    assert good["loss"] > math.log(10)
+    assert names(good, num_prototypes=10, criterion=criterion) == []
+    for size in (10, K):
+        figures = {"loss": chance, "perplexity": 0.9 * size, "code_entropy": 0.5 * math.log(size)}
+        assert names(figures, num_prototypes=size, criterion=criterion) == ["stuck_at_ln_k"]
 
 
 # Real trainings with one fault. K = 50 on the digits of scikit-learn, 200 steps.
