@@ -326,6 +326,22 @@ def test_figures_on_the_meta_device_are_refused(call: str) -> None:
         getattr(updated(0).to("meta"), call)()
 
 
+def test_a_compiled_update_is_the_eager_one() -> None:
+    layer = PrototypeLayer(D, K)
+    eager, monitor = ClusterMonitor(K, window=3), ClusterMonitor(K, window=3)
+
+    def update(monitor: ClusterMonitor, statistics: SwAVStatistics, features: Tensor) -> None:
+        monitor.update(statistics, loss=features.mean(), features=features, prototypes=layer)
+
+    compiled = torch.compile(update, fullgraph=True, backend="eager")
+    for seed in range(5):
+        arguments = statistics_of(seed), torch.randn(2, 6, D)
+        update(eager, *arguments)
+        compiled(monitor, *arguments)
+    assert same(snapshot(monitor), snapshot(eager))
+    assert floats(monitor.compute()) == floats(eager.compute())
+
+
 def test_updates_in_inference_mode_and_under_autocast(device: torch.device) -> None:
     layer, views = PrototypeLayer(D, K).to(device), torch.randn(2, 6, D, device=device)
     figures = []

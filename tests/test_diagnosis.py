@@ -414,7 +414,8 @@ def fill_the_queue(criterion: SwAVLoss, features: Tensor) -> None:
     stop_the_queue(criterion, features)
     assert criterion.queue is not None
     shape = criterion.queue.features.shape
-    criterion.queue.features = F.normalize(features[0, 0] + 0.1 * torch.randn(shape), dim=-1)
+    one = F.normalize(features[0, 0], dim=0)
+    criterion.queue.features = F.normalize(one + 0.02 * torch.randn(shape), dim=-1)
 
 
 def test_a_queue_that_is_not_refreshed_is_stale() -> None:
