@@ -232,10 +232,12 @@ def test_the_queue_rules_have_two_sides() -> None:
     assert names(queue) == []
     assert names({**queue, "queue_std": 0.31}) == []
     assert names({**queue, "queue_std": 0.29}) == ["queue_alike"]
-    assert names({**queue, "queue_drift": 0.49}) == []
-    assert names({**queue, "queue_drift": 0.51}) == ["queue_stale"]
-    alike = {**queue, "queue_std": 0.01, "queue_drift": 2.0}
-    assert names(alike) == ["queue_alike", "queue_stale"]
+    assert names({**queue, "queue_drift": 0.49, "used": 0.8}) == ["dead_prototypes"]
+    assert names({**queue, "queue_drift": 0.51, "used": 0.8}) == ["queue_stale", "dead_prototypes"]
+    assert names({**queue, "queue_drift": 0.51, "loss": LN_K}) == ["stuck_at_ln_k", "queue_stale"]
+    assert names({**queue, "queue_drift": 2.0}) == []  # without its effect
+    alike = {**queue, "queue_std": 0.01}
+    assert names(alike) == ["queue_alike"]
     assert names({**alike, "queued": 15.0}) == []
     assert names(alike, steps=100) == []
 
