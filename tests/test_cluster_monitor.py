@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from swavkit import ClusterMonitor, PrototypeLayer, SwAVStatistics, cluster_statistics
+from swavkit import ClusterMonitor, PrototypeLayer, SwAVLoss, SwAVStatistics, cluster_statistics
 from swavkit.monitor import figures as figures_module
 from swavkit.monitor import monitor as monitor_module
 from tests import oracles
@@ -277,6 +277,16 @@ def test_figures_without_rows_are_nan_and_an_empty_step_has_no_weight() -> None:
     assert_figures(monitor.compute(), oracles.cluster_figures([as_arrays(statistics_of(1))], [2.0]))
 
 
+def test_an_empty_step_keeps_the_features_before_it() -> None:
+    monitor = ClusterMonitor(K)
+    monitor.update(statistics_of(0, samples=0), features=torch.ones(2, 0, D))
+    assert all(math.isnan(floats(monitor.compute())[name]) for name in OF_FEATURES)
+    monitor.update(statistics_of(0), features=torch.randn(2, 6, D))
+    before = floats(monitor.compute())
+    monitor.update(statistics_of(0, samples=0), features=torch.ones(2, 0, D))
+    assert floats(monitor.compute()) == before
+
+
 # Devices and synchronization
 
 
@@ -308,6 +318,28 @@ def test_the_monitor_follows_the_statistics_to_their_device(device: torch.device
         {name: value for name, value in monitor.compute().items() if name in ALWAYS},
         oracles.cluster_figures([as_arrays(statistics_of(0))]),
     )
+
+
+@pytest.mark.parametrize("call", ["compute", "diagnose", "plot"])
+def test_figures_on_the_meta_device_are_refused(call: str) -> None:
+    with pytest.raises(RuntimeError, match="real tensors, got a monitor on the meta device"):
+        getattr(updated(0).to("meta"), call)()
+
+
+def test_a_compiled_update_is_the_eager_one() -> None:
+    layer = PrototypeLayer(D, K)
+    eager, monitor = ClusterMonitor(K, window=3), ClusterMonitor(K, window=3)
+
+    def update(monitor: ClusterMonitor, statistics: SwAVStatistics, features: Tensor) -> None:
+        monitor.update(statistics, loss=features.mean(), features=features, prototypes=layer)
+
+    compiled = torch.compile(update, fullgraph=True, backend="eager")
+    for seed in range(5):
+        arguments = statistics_of(seed), torch.randn(2, 6, D)
+        update(eager, *arguments)
+        compiled(monitor, *arguments)
+    assert same(snapshot(monitor), snapshot(eager))
+    assert floats(monitor.compute()) == floats(eager.compute())
 
 
 def test_updates_in_inference_mode_and_under_autocast(device: torch.device) -> None:
@@ -530,26 +562,70 @@ def test_figures_are_logged_as_those_of_a_metric() -> None:
     assert [*module.state_dict()] == [f"monitor.{key}" for key in KEYS]
 
 
-def test_the_diagnosis_is_of_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return what the last diagnosis was given."""
+    arguments: dict[str, Any] = {}
 
     def diagnose(figures: dict[str, float], **others: Any) -> list[Any]:
-        seen.update(others, figures=figures)
+        arguments.update(others, figures=figures)
         return ["worst"]
 
     monkeypatch.setattr(monitor_module, "diagnose", diagnose)
+    return arguments
+
+
+def test_the_diagnosis_is_of_the_figures(seen: dict[str, Any]) -> None:
     monitor = ClusterMonitor(K, window=2)
     features = torch.randn(8, 3)
     for samples in (100, 4, 8):
         monitor.update(statistics_of(0, samples), loss=1.0, features=features)
-    criterion = nn.Identity()
+    criterion = SwAVLoss(3, K)
     assert monitor.diagnose(criterion) == ["worst"]
     assert seen.pop("figures") == floats(monitor.compute())
-    assert torch.equal(seen.pop("features"), features)
     settings = {"num_prototypes": K, "samples": 6.0, "steps": 3, "window": 2}
     assert seen == {**settings, "criterion": criterion}
     monitor.diagnose()
     assert seen["criterion"] is None
+
+
+def test_queued_features_are_compared_with_the_current_ones(
+    device: torch.device, seen: dict[str, Any]
+) -> None:
+    criterion = SwAVLoss(D, K, queue_length=9).to(device)
+    monitor = ClusterMonitor(K)
+    current = torch.randn(2, 5, D, device=device)
+    monitor.update(statistics_of(0, device=device), features=current)
+    monitor.diagnose(criterion)
+    assert seen["figures"]["queued"] == 0
+    assert math.isnan(seen["figures"]["queue_std"])
+
+    offset = torch.tensor([3.0, 0, 0, 0], device=device)
+    queued = torch.randn(2, 6, D, device=device) + offset
+    assert criterion.queue is not None
+    criterion.queue.push(1000 * queued)
+    monitor.diagnose(criterion)
+    unit = [
+        each.flatten(0, 1).cpu().double().numpy()
+        / np.linalg.norm(each.cpu(), axis=2).reshape(-1, 1)
+        for each in (current, queued)
+    ]
+    spreads = [oracles.feature_figures(each)["feature_std"] for each in unit]
+    drift = np.linalg.norm(unit[1].mean(0) - unit[0].mean(0))
+    figures = seen["figures"]
+    assert figures["queued"] == 12
+    np.testing.assert_allclose(figures["queue_std"], spreads[1] / spreads[0], rtol=1e-5)
+    np.testing.assert_allclose(figures["queue_drift"], drift / spreads[0], rtol=1e-5)
+
+    monitor.update(statistics_of(1, device=device), features=torch.randn(5, D + 1, device=device))
+    monitor.diagnose(criterion)  # these are no features of the prototypes
+    assert seen["figures"].keys() == ALWAYS | OF_FEATURES
+
+
+@pytest.mark.parametrize("criterion", [3, nn.DataParallel(SwAVLoss(D, K))], ids=["int", "wrapper"])
+def test_a_criterion_of_another_type_is_refused(criterion: Any) -> None:
+    with pytest.raises(TypeError, match=r"criterion must be a SwAVLoss, got (int|DataParallel)"):
+        updated(0).diagnose(criterion)
 
 
 def drawn(monitor: ClusterMonitor) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
@@ -15,10 +14,9 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from swavkit import FeatureQueue, SwAVLoss
+from swavkit import ClusterMonitor, SwAVLoss, SwAVStatistics, cluster_statistics
 from swavkit.monitor import diagnosis
-from swavkit.monitor.diagnosis import Diagnosis, check_sizes, diagnose
-from swavkit.swav_statistics import SwAVStatistics, cluster_statistics
+from swavkit.monitor.diagnosis import check_sizes, diagnose
 
 K = 100
 LN_K = math.log(K)
@@ -209,8 +207,6 @@ def test_bad_arguments_are_named() -> None:
         names({}, samples=math.inf)
     with pytest.raises(TypeError, match="figures must be a mapping, got list"):
         diagnose([], num_prototypes=K, samples=64, steps=1)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="features must have a floating-point dtype"):
-        names({}, features=torch.zeros(3, 2, dtype=torch.int64))
 
 
 # Ranks
@@ -231,28 +227,33 @@ def test_local_codes_are_found_in_a_job_of_several_ranks(monkeypatch: pytest.Mon
 # The queue
 
 
-def queue_of(features: Tensor) -> SimpleNamespace:
-    queue = FeatureQueue(2 * len(features), features.shape[1], num_views=1)
-    queue.push(features.unsqueeze(0))
-    return SimpleNamespace(queue=queue)
+def test_the_queue_rules_have_two_sides() -> None:
+    queue = {"queued": 16.0, "queue_std": 1.0, "queue_drift": 0.1}
+    assert names(queue) == []
+    assert names({**queue, "queue_std": 0.31}) == []
+    assert names({**queue, "queue_std": 0.29}) == ["queue_alike"]
+    assert names({**queue, "queue_drift": 0.49, "used": 0.8}) == ["dead_prototypes"]
+    assert names({**queue, "queue_drift": 0.51, "used": 0.8}) == ["queue_stale", "dead_prototypes"]
+    assert names({**queue, "queue_drift": 0.51, "loss": LN_K}) == ["stuck_at_ln_k", "queue_stale"]
+    assert names({**queue, "queue_drift": 2.0}) == []  # without its effect
+    alike = {**queue, "queue_std": 0.01}
+    assert names(alike) == ["queue_alike"]
+    assert names({**alike, "queued": 15.0}) == []
+    assert names(alike, steps=100) == []
 
 
-def test_the_queue_is_compared_with_current_features() -> None:
-    generator = torch.Generator().manual_seed(0)
-    current = torch.randn(200, 32, generator=generator)
-    queued = torch.randn(200, 32, generator=generator)
-    offset = F.pad(torch.tensor([1.0]), (0, 31))
-    alike = offset + 0.01 * queued
-    settings = {"features": current}
-    assert names({}, criterion=queue_of(queued), **settings) == []
-    assert names({}, criterion=queue_of(queued * 1000), **settings) == []  # norms do not matter
-    assert names({}, criterion=queue_of(queued / 32**0.5 + offset), **settings) == ["queue_stale"]
-    assert names({}, criterion=queue_of(alike)) == ["queue_alike"]
-    assert names({}, criterion=queue_of(alike), **settings) == ["queue_alike", "queue_stale"]
-    assert names({}, criterion=queue_of(alike[:3]), **settings) == []  # too few
-    assert names({}, criterion=queue_of(alike), steps=100, **settings) == []
-    current[0] = math.nan
-    assert names({}, criterion=queue_of(queued), **settings) == []
+# Heads
+
+
+def test_a_loss_of_several_heads_is_compared_with_the_mean_of_their_ln_k() -> None:
+    criterion = SwAVLoss(8, [K, 10])
+    chance = (LN_K + math.log(10)) / 2
+    good = {"perplexity": 9.0, "code_entropy": 1.0, "loss": 0.97 * chance}
+    assert good["loss"] > math.log(10)
+    assert names(good, num_prototypes=10, criterion=criterion) == []
+    for size in (10, K):
+        figures = {"loss": chance, "perplexity": 0.9 * size, "code_entropy": 0.5 * math.log(size)}
+        assert names(figures, num_prototypes=size, criterion=criterion) == ["stuck_at_ln_k"]
 
 
 # Real trainings with one fault. K = 50 on the digits of scikit-learn, 200 steps.
@@ -274,40 +275,15 @@ def distorted_digits() -> Tensor:
     return copies.view(4, len(digits), 64)
 
 
-def figures_of(
-    window: deque[SwAVStatistics], losses: deque[float], features: Tensor, weight: Tensor
-) -> dict[str, float]:
-    """Return the figures of a window, by the definitions of ``ClusterMonitor``."""
-    total = SwAVStatistics(*(torch.stack(each).sum(0) for each in zip(*window, strict=True)))
-    finite = [loss for loss in losses if math.isfinite(loss)]
-    unit, rows = F.normalize(features, dim=1), F.normalize(weight, dim=1)
-    cosines = (rows @ rows.mT).fill_diagonal_(-1)
-    singular = torch.linalg.svdvals(unit.nan_to_num())
-    figures = {
-        "perplexity": torch.special.entr(total.assigned / total.assigned.sum()).sum().exp(),
-        "used": (total.assigned > 0).float().mean(),
-        "code_entropy": total.code_entropy / total.code_rows,
-        "agreement": total.agreeing / total.pairs,
-        "loss": sum(finite) / len(finite) if finite else math.nan,
-        "nonfinite": len(losses) - len(finite),
-        "duplicates": (cosines.amax(1) > 0.99).sum(),
-        "feature_std": unit.std(0).mean() * unit.shape[1] ** 0.5,
-        "effective_rank": torch.special.entr(singular / singular.sum()).sum().exp(),
-    }
-    return {name: float(value) for name, value in figures.items()}
-
-
-def codes_of_parts(
-    criterion: SwAVLoss, features: Tensor, form: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss, scores and codes of a training loop that is wrong in the way of ``form``."""
+def wrong_step(criterion: SwAVLoss, features: Tensor, form: str) -> tuple[Tensor, SwAVStatistics]:
+    """Return loss and statistics of a training loop that is wrong in the way of ``form``."""
     if form == "softmax codes":
         scores = criterion.prototypes(features)
         codes = torch.softmax(scores.detach() / criterion.sinkhorn.epsilon, dim=-1)
     else:
         scores = features @ criterion.prototypes.weight.mT
         codes = criterion.sinkhorn(scores.detach())
-    return criterion.loss(scores, codes), scores, codes
+    return criterion.loss(scores, codes), cluster_statistics(scores.detach(), codes)
 
 
 def train(
@@ -321,23 +297,23 @@ def train(
     steps: int = STEPS,
     seed: int = 0,
     **settings: Any,
-) -> list[Diagnosis]:
-    """Train a network of two layers, and return the diagnosis of its last 100 steps."""
+) -> dict[int, list[str]]:
+    """Train a network of two layers, and return what is found at steps 200, 250, ... and last."""
     torch.manual_seed(seed)
     network: nn.Module = nn.Sequential(
         nn.Linear(64, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 32)
     )
     network = after(network) if after else network
     criterion = SwAVLoss(**{**SETTINGS, **settings})
+    monitor = ClusterMonitor(criterion.prototypes.num_prototypes)
     if change:
         with torch.no_grad():
             change(criterion)
     optimizer = torch.optim.AdamW([*network.parameters(), *criterion.parameters()], lr=2e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=100)
-    window: deque[SwAVStatistics] = deque(maxlen=100)
-    losses: deque[float] = deque(maxlen=100)
     digits = distorted_digits()
-    for step in range(steps):
+    found = {}
+    for step in range(1, steps + 1):
         images = torch.randint(digits.shape[1], (BATCH,))
         views = digits[torch.randperm(4)[:2]][:, images]
         if mixed_views:
@@ -346,37 +322,29 @@ def train(
             views[0, 0, 0] = math.nan
         features = network(views.flatten(0, 1)).view(2, BATCH, -1)
         if form:
-            loss, scores, codes = codes_of_parts(criterion, features, form)
+            loss, statistics = wrong_step(criterion, features, form)
         else:
-            loss, details = criterion(features, return_details=True)
-            scores, codes = details.scores, details.codes
+            loss, statistics = criterion(features, return_statistics=True)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        window.append(cluster_statistics(scores.detach(), codes))
-        losses.append(loss.item())
+        monitor.update(statistics, loss=loss, features=features, prototypes=criterion.prototypes)
         if at_step and step == at_step[0]:
             at_step[1](criterion, features.detach())
-    last = features.detach().flatten(0, 1)
-    figures = figures_of(window, losses, last, criterion.prototypes.weight.detach())
-    return diagnose(
-        figures,
-        num_prototypes=criterion.prototypes.num_prototypes,
-        samples=BATCH,
-        steps=steps,
-        criterion=criterion,
-        features=last,
-    )
+        if step == steps or step in range(STEPS, steps, 50):
+            found[step] = [diagnosis.name for diagnosis in monitor.diagnose(criterion)]
+    return found
 
 
 def worst(**faults: Any) -> list[str]:
-    return [found.name for found in train(**faults)]
+    """Return what is found after the last step."""
+    return [*train(**faults).values()][-1]
 
 
 @pytest.mark.parametrize("settings", [{}, {"queue_length": 256}], ids=["plain", "queue"])
 def test_a_healthy_training_gives_no_diagnosis(settings: dict[str, int]) -> None:
-    assert train(**settings) == []
+    assert train(steps=300, **settings) == {200: [], 250: [], 300: []}
 
 
 def test_a_large_epsilon_makes_codes_uniform() -> None:
@@ -448,7 +416,8 @@ def fill_the_queue(criterion: SwAVLoss, features: Tensor) -> None:
     stop_the_queue(criterion, features)
     assert criterion.queue is not None
     shape = criterion.queue.features.shape
-    criterion.queue.features = F.normalize(features[0, 0] + 0.1 * torch.randn(shape), dim=-1)
+    one = F.normalize(features[0, 0], dim=0)
+    criterion.queue.features = F.normalize(one + 0.02 * torch.randn(shape), dim=-1)
 
 
 def test_a_queue_that_is_not_refreshed_is_stale() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -69,6 +69,23 @@ def feature_figures(gram: Tensor, total: Tensor, count: Tensor) -> dict[str, Ten
     return {
         "feature_std": math.sqrt(dimensions) * variance.sqrt().mean(),
         "effective_rank": _perplexity(singular).where(singular.sum() > 0, empty),
+    }
+
+
+def queue_figures(
+    features: Sequence[Tensor], queued: Sequence[Tensor], feature_std: Tensor
+) -> dict[str, Tensor]:
+    """Return the figures of a queue for the diagnosis, from summed :func:`moments`.
+
+    ``"queue_std"`` is the standard deviation of the queued features, and ``"queue_drift"`` the
+    distance of their mean from that of the current features, both over ``feature_std``.
+    """
+    (_, total, count), (_, queue_total, queue_count) = features, queued
+    drift = torch.linalg.vector_norm(queue_total / queue_count - total / count)
+    return {
+        "queued": queue_count,
+        "queue_std": feature_figures(*queued)["feature_std"] / feature_std,
+        "queue_drift": drift / feature_std,
     }
 
 

@@ -19,7 +19,13 @@ from swavkit.distributed.collectives import (
     sum_over_ranks,
 )
 from swavkit.monitor.diagnosis import Diagnosis, diagnose
-from swavkit.monitor.figures import cluster_figures, feature_figures, moments, num_duplicates
+from swavkit.monitor.figures import (
+    cluster_figures,
+    feature_figures,
+    moments,
+    num_duplicates,
+    queue_figures,
+)
 from swavkit.monitor.plot import monitor_figure
 from swavkit.prototypes import PrototypeLayer
 from swavkit.swav_statistics import SwAVStatistics
@@ -137,9 +143,11 @@ class ClusterMonitor(OwnState):
 
         Args:
             statistics: The :class:`SwAVStatistics` of this rank.
-            loss: The loss of this rank, a scalar, the mean over its samples.
+            loss: The loss of this rank, a scalar, the mean over its samples. With several heads,
+                that of :class:`SwAVLoss` is the mean over heads.
             features: Features of the step, (V, B, D), (N, D) or a sequence of tensors (B, D). A
-                copy is kept until others are given. Rows with a NaN or infinite entry are skipped.
+                copy is kept until others with B > 0 are given. Rows with a NaN or infinite entry
+                are skipped.
             prototypes: The :class:`PrototypeLayer`, or a tensor (K, D). A reference is kept.
 
         Raises:
@@ -171,7 +179,7 @@ class ClusterMonitor(OwnState):
         for held, counts in zip((self.assigned, self.code_usage), usage, strict=True):
             held.index_copy_(0, slot, counts.where(kept, 0)[None])
         self.updates.add_(1)
-        if views is not None:
+        if views is not None and (self._features is None or views[0].shape[0]):
             with autocast_disabled(like.device):
                 self._features = torch.cat([view.detach() for view in views])
         if prototypes is not None:
@@ -229,9 +237,19 @@ class ClusterMonitor(OwnState):
         All ranks must make the call; see :meth:`compute`.
 
         Args:
-            criterion: The :class:`SwAVLoss`, for remedies that name its settings.
+            criterion: The :class:`SwAVLoss`, for its settings, and for its queue, whose features
+                are compared with those given to :meth:`update` if they have the same dimension.
+
+        Returns:
+            A list of :class:`Diagnosis`, the same on all ranks.
+
+        Raises:
+            RuntimeError: If no rank had an update.
+            TypeError: If ``criterion`` is no :class:`SwAVLoss`, but a wrapper of one, say.
         """
-        window = self._window()
+        if criterion is not None and not hasattr(criterion, "sinkhorn"):
+            raise TypeError(f"criterion must be a SwAVLoss, got {type(criterion).__name__}")
+        window = self._window(getattr(criterion, "queue", None))
         return diagnose(
             {name: value.item() for name, value in window.figures.items()},
             num_prototypes=self.num_prototypes,
@@ -239,7 +257,6 @@ class ClusterMonitor(OwnState):
             steps=int(self.updates),
             window=self.window,
             criterion=criterion,
-            features=self._features,
         )
 
     def plot(self) -> Figure:
@@ -265,10 +282,12 @@ class ClusterMonitor(OwnState):
         self._features = self._prototypes = None
 
     @torch.no_grad()
-    def _window(self) -> _Window:
-        """Sum the window over the ranks, in one collective."""
+    def _window(self, queue: Any = None) -> _Window:
+        """Sum the window over the ranks, in one collective; with figures of a queue, if given."""
         group = participants(self.process_group, True)
         device = self.updates.device
+        if device.type == "meta":
+            raise RuntimeError("figures must be of real tensors, got a monitor on the meta device")
         with autocast_disabled(device):
             # Oldest step first, so that the last row holds the last step of every rank.
             order = (torch.arange(self.window, device=device) + self.updates) % self.window
@@ -280,6 +299,9 @@ class ClusterMonitor(OwnState):
             ]
             if self._features is not None:
                 parts += moments(self._features.to(device))
+                if queue is not None and queue.feature_dim == self._features.shape[1]:
+                    queued = queue.features[:, queue.valid].flatten(0, 1)
+                    parts += moments(queued.to(device))
             together = torch.cat([part.flatten() for part in parts])
             together = sum_over_ranks(together.to(device_for(group, device)), group).to(device)
             sums = torch.split(together, [part.numel() for part in parts])
@@ -296,7 +318,10 @@ class ClusterMonitor(OwnState):
             totals["nonfinite"] = (steps["nonfinite"] > 0).sum().double()  # on any rank
             figures = cluster_figures(assigned, code_usage, totals)
             if of_features:
-                figures |= feature_figures(*of_features)
+                figures |= feature_figures(*of_features[:3])
+            if len(of_features) > 3:
+                spread = figures["feature_std"]
+                figures |= queue_figures(of_features[:3], of_features[3:], spread)
             if self._prototypes is not None:
                 figures["duplicates"] = num_duplicates(_weight(*self._prototypes)).to(device)
         return _Window(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from swavkit import ClusterMonitor, PrototypeLayer, SwAVLoss, SwAVStatistics, cluster_statistics
+from swavkit.monitor.diagnosis import Diagnosis
 from tests import oracles
 from tests.modes import Collectives
 from tests.ranks import Ranks
@@ -203,6 +205,43 @@ def nonfinite_on(rank: int, argument: list[list[int]]) -> float:
 def test_a_step_that_is_not_finite_on_several_ranks_is_one(ranks: Ranks) -> None:
     members: list[list[int]] = [[], [1], [0, 1, 2], [], [0, 2]]
     assert ranks.run(nonfinite_on, [members] * RANKS) == [3.0] * RANKS
+
+
+def found_of_local_and_global_codes(rank: int) -> dict[bool, list[str]]:
+    found = {}
+    for synchronize in (False, True):
+        torch.manual_seed(0)  # or the ranks have different prototypes
+        criterion = SwAVLoss(D, 10, synchronize=synchronize)
+        monitor = ClusterMonitor(10)
+        features = torch.randn(2, 5 + rank, D)
+        loss, statistics = criterion(features, return_statistics=True)
+        monitor.update(statistics, loss=loss, features=features, prototypes=criterion.prototypes)
+        found[synchronize] = [diagnosis.name for diagnosis in monitor.diagnose(criterion)]
+    return found
+
+
+def test_local_codes_are_named_on_both_ranks(start_ranks: Callable[[int], Ranks]) -> None:
+    expected = {False: ["local_codes"], True: []}
+    assert start_ranks(2).run(found_of_local_and_global_codes) == [expected] * 2
+
+
+def found_of_a_stale_queue(rank: int) -> list[Diagnosis]:
+    criterion = SwAVLoss(D, K, queue_length=20)
+    monitor = ClusterMonitor(K, window=50)
+    generator = torch.Generator().manual_seed(rank)
+    features = torch.randn(2, 20, D, generator=generator)
+    for _ in range(200):
+        monitor.update(statistics_of(rank), features=features)
+    if rank == 1:  # an offset for half of the samples, which this rank alone would not see
+        features = features + 4
+    assert criterion.queue is not None
+    criterion.queue.push(features)
+    return monitor.diagnose(criterion)
+
+
+def test_ranks_agree_on_a_stale_queue(ranks: Ranks) -> None:
+    found = ranks.run(found_of_a_stale_queue)
+    assert found[0] == found[1] == found[2]
 
 
 class Model(nn.Module):
