@@ -28,7 +28,7 @@ __all__ = ["SwAVDetails"]
 # memory="auto" calls the parts for up to so many scores of all views and heads. On a CPU it does so
 # if there is no queue: fewer operations then save more than fewer bytes. An accelerator and
 # torch.compile gain from fewer operations at any size, so there the limit is one of memory.
-SCORES_OF_PARTS_ON_CPU, SCORES_OF_PARTS = 2**21, 2**28
+SCORES_OF_PARTS_ON_CPU, SCORES_OF_PARTS = 2**20, 2**28
 
 # memory="auto" lets the fused route keep the kernels of the code views, if they take no more.
 _BYTES_OF_KEPT_KERNELS = 2**30

@@ -46,7 +46,7 @@ Views = Tensor | Sequence[Tensor]  # (V, b, K), or V tensors (b, K)
 # Views of up to so many scores are computed at once, in one temporary if the residual is narrower
 # than float32: fewer operations, for 0.7 of the time at 8×64×300. A CPU takes more of them one by
 # one, since a view then stays in the cache.
-_SCORES_AT_ONCE_ON_CPU, _SCORES_AT_ONCE = 2**20, 2**25
+_SCORES_AT_ONCE_ON_CPU, _SCORES_AT_ONCE = 2**21, 2**25
 
 
 def swapped_prediction_loss(

@@ -98,7 +98,7 @@ class SwAVLoss(OwnState):
             decay turns them, and that of SGD with a momentum of 0.9 reverses them if the learning
             rate times ``weight_decay`` is above 0.0026.
         memory: ``"full"`` calls the parts, which holds the scores of all views. ``"streamed"``
-            computes block by block and holds none. ``"auto"`` calls the parts for up to 2^21
+            computes block by block and holds none. ``"auto"`` calls the parts for up to 2^20
             scores without a queue on a CPU, and 2^28 elsewhere. Otherwise it computes block by
             block, and keeps the kernels of the code views if they take at most 1 GiB. Details,
             validated codes, and a part that is replaced or hooked exclude ``"streamed"``.
