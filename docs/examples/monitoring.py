@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable
 
 import processes
@@ -36,11 +37,11 @@ def hopeless(diagnoses: Iterable[Diagnosis]) -> bool:
 
 
 def in_words(diagnoses: Iterable[Diagnosis]) -> str:
-    """Return the name and the text of each diagnosis, and a line for each remedy."""
-    lines = []
+    """Return the name and the text of each diagnosis, and its remedies as a list."""
+    parts = []
     for name, text, remedies in diagnoses:
-        lines += [f"{name}: {text}", *(f"  - try {remedy}" for remedy in remedies)]
-    return "\n".join(lines)
+        parts += [f"{name}: {text}", *(f"  - {remedy}" for remedy in remedies)]
+    return "\n".join(textwrap.fill(part, 80, subsequent_indent="    ") for part in parts)
 
 
 def warn(diagnoses: Iterable[Diagnosis], told: set[str]) -> None:
