@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,8 @@ import torch
 from PIL import Image
 from threadpoolctl import threadpool_info
 
+from swavkit import Diagnosis
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "docs" / "examples"
 PROGRAM = EXAMPLES / "pretrain.py"
 TINY = [
@@ -30,8 +33,13 @@ TINY = [
     *("--threads", "1", "--device", "cpu"),
 ]  # fmt: skip
 STEPS = 1437 // 128  # of an epoch
-PICTURES = ["crops.png", "loss.png", "map.png", "nearest.png", "prototypes.png"]
+PICTURES = ["clusters.png", "crops.png", "loss.png", "map.png", "nearest.png", "prototypes.png"]
 ROWS = ["trained encoder", "random encoder", "raw pixels"]
+FIGURES = {  # of an epoch
+    *("epoch", "loss", "below_ln_k", "above_code_entropy", "code_entropy", "prediction_entropy"),
+    *("perplexity", "code_perplexity", "used", "agreement", "marginal_error", "duplicates"),
+    *("feature_std", "effective_rank", "nonfinite"),
+}
 COLUMNS = ["linear_10", "knn_10", "linear", "knn"]
 
 
@@ -94,8 +102,8 @@ def test_a_run_shows_its_progress_and_a_table(unbroken: tuple[Path, str, str]) -
     for row in ROWS:
         assert row in shown
     assert "images/s" in progress
-    assert "loss" in progress
-    assert "ln K -" in progress
+    line = r"loss \d\.\d\d \(codes \d\.\d\d, ln K 3\.00\), used \d+%, agreement \d+%"
+    assert re.search(line, progress)
     for row in ROWS:
         assert f"evaluating {row}" in progress
     for picture in PICTURES:
@@ -118,6 +126,14 @@ def test_a_run_writes_what_it_says(unbroken: tuple[Path, str, str]) -> None:
     assert metrics["seconds"]["this run"] > metrics["seconds"]["training, all runs"] > 0
     assert len(metrics["losses"]) == 12 * STEPS
     assert metrics["ln_k"] == pytest.approx(np.log(20))
+    assert [figures["epoch"] for figures in metrics["figures"]] == list(range(1, 13))
+    for figures in metrics["figures"]:
+        assert set(figures) == FIGURES
+        assert all(np.isfinite(list(figures.values())))
+    last = metrics["figures"][-1]
+    assert last["loss"] == pytest.approx(np.mean(metrics["losses"][-100:]), rel=1e-5)
+    assert last["code_entropy"] < last["loss"] < metrics["ln_k"]
+    assert metrics["stopped_by"] == []
     assert list(metrics["accuracies"]) == ROWS
     for row in ROWS:
         assert list(metrics["accuracies"][row]) == COLUMNS
@@ -148,8 +164,24 @@ def test_a_killed_run_goes_on_to_the_same_numbers(
     assert main([*TINY, "--output", str(tmp_path), "--resume"]) == 0
     assert f"going on after epoch {epoch} of 12" in capsys.readouterr().out
     expected, metrics = metrics_of(unbroken[0]), metrics_of(tmp_path)
-    for name in ("losses", "accuracies", "prototype_perplexity"):
+    for name in ("losses", "figures", "accuracies", "prototype_perplexity"):
         assert metrics[name] == expected[name]
+
+
+def test_a_checkpoint_without_figures_goes_on(
+    unbroken: tuple[Path, str, str], tmp_path: Path, main, example, monkeypatch
+) -> None:
+    monkeypatch.setattr(example("evaluation"), "compare", lambda *_: {})
+    without_slow_pictures(example, monkeypatch)
+    arguments = [*TINY, "--output", str(tmp_path), "--resume"]
+    state = torch.load(unbroken[0] / "checkpoint.pt", weights_only=True)
+    del state["figures"], state["settings"]["keep_going"]
+    for own in state["processes"]:
+        del own["monitor"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert main(arguments) == 0
+    assert metrics_of(tmp_path)["figures"] == []
+    assert not (tmp_path / "clusters.png").exists()
 
 
 def test_resume_refuses_other_settings_and_other_files(
@@ -179,33 +211,46 @@ FOLDER_RUN = [
 ]  # fmt: skip
 
 
-def test_torchrun_trains_on_two_processes_and_goes_on_with_two(
+UNIFORM_CODES = ["--epsilon", "1", "--warmup-steps", "0", "--freeze-steps", "0"]
+
+
+def test_torchrun_trains_two_processes_stops_them_together_and_goes_on_with_two(
     tmp_path: Path, main, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for index in range(40):
         picture(tmp_path / "data" / f"{index % 2}" / f"{index}.png", "RGB", (16, 16), index)
     output = tmp_path / "out"
-    arguments = ["--data", str(tmp_path / "data"), *FOLDER_RUN, "--epochs", "2", "--queue", "16"]
+    arguments = ["--data", str(tmp_path / "data"), *FOLDER_RUN, *UNIFORM_CODES, "--queue", "16"]
+    arguments += ["--epochs", "26"]  # of 8 steps
     process = start(output, *arguments, processes=2)
     shown, errors = process.communicate()
-    assert process.returncode == 0, errors
+    assert process.returncode == 1, errors  # of torchrun
     assert shown.count("32 training and 8 test images of 3x16x16, on cpu, 2 processes") == 1
+    assert shown.count("stuck_at_ln_k: ") == 1
+    assert "exitcode  : 3" in errors
+    assert errors.count("training stopped after epoch 25 of 26") == 1
     metrics = metrics_of(output)
     assert metrics["processes"] == 2
-    assert len(metrics["losses"]) == 2 * (32 // 4)
+    assert len(metrics["losses"]) == 25 * (32 // 4)
+    assert len(metrics["figures"]) == 25
     state = torch.load(output / "checkpoint.pt", weights_only=True)
+    assert state["epoch"] == 25
     first, second = (own["criterion"] for own in state["processes"])
     torch.testing.assert_close(first["prototypes.weight"], second["prototypes.weight"])
     assert len(first["queue.valid"]) == 8  # half of the slots each, with features of their own
     assert bool(first["queue.valid"].all())
     assert not torch.equal(first["queue.features"], second["queue.features"])
 
-    process = start(output, *arguments, "--resume", processes=2)
+    process = start(output, *arguments, "--resume", "--keep-going", processes=2)
     shown, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert "going on after epoch 2 of 2" in shown
-    for name in ("losses", "accuracies", "prototype_perplexity"):
-        assert metrics_of(output)[name] == metrics[name]
+    assert "going on after epoch 25 of 26" in shown
+    assert shown.count("warning: stuck_at_ln_k: ") == 1
+    whole = metrics_of(output)
+    assert len(whole["losses"]) == 26 * (32 // 4)
+    assert whole["losses"][:200] == metrics["losses"]
+    assert whole["figures"][:25] == metrics["figures"]
+    assert list(whole["accuracies"]) == ROWS
 
     assert main([*arguments, "--output", str(output), "--resume"]) == 2
     assert "the number of processes was 2 there, got 1" in capsys.readouterr().err
@@ -419,14 +464,57 @@ def test_too_few_images_for_a_second_split_are_one_line(tmp_path: Path, main, ca
     assert "--validation: too few images (40) to split again" in capsys.readouterr().err
 
 
-def test_a_warning_needs_enough_steps(tmp_path: Path, quick, capsys) -> None:
-    arguments = ["--output", str(tmp_path), "--overwrite"]
-    assert quick([*arguments, "--batch-size", "150"]) == 0
+def test_a_short_training_is_not_judged(tmp_path: Path, quick, capsys) -> None:
+    arguments = ["--output", str(tmp_path), "--batch-size", "150", "--learning-rate", "0"]
+    assert quick(arguments) == 0
     shown = capsys.readouterr().out
-    assert "9 steps are too few to tell whether the training works" in shown
+    assert "9 steps are too few to tell whether training works" in shown
     assert "warning:" not in shown
-    assert quick([*arguments, "--epochs", "7", "--learning-rate", "0"]) == 0
-    assert "warning: the loss is still at ln K" in capsys.readouterr().out
+
+
+def test_too_few_samples_are_told_of_before_the_first_epoch(tmp_path: Path, quick, capsys) -> None:
+    arguments = ["--output", str(tmp_path), "--queue", "0", "--prototypes", "300"]
+    assert quick(arguments) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("warning: too_few_samples: the codes see 128 samples for 300") == 1
+    assert "  - a queue" in shown
+
+
+def test_a_stuck_training_stops_with_its_diagnosis_and_can_go_on(
+    tmp_path: Path, quick, capsys
+) -> None:
+    arguments = ["--output", str(tmp_path), "--epochs", "6", "--batch-size", "32"]  # 44 steps each
+    arguments += [*UNIFORM_CODES, "--prototypes", "20", "--crops", "2x6", "--scales", "0.7-1"]
+    assert quick(arguments) == 3
+    shown, progress = capsys.readouterr()
+    assert "codes_near_uniform: code entropy" in shown
+    assert "  - a smaller epsilon" in shown
+    error = progress.splitlines()[-1]
+    stopped = "training stopped after epoch 5 of 6 (codes_near_uniform)"
+    assert error.startswith(f"pretrain.py: error: {stopped}")
+    metrics = metrics_of(tmp_path)
+    assert metrics["stopped_by"] == ["codes_near_uniform", "stuck_at_ln_k"]
+    assert metrics["accuracies"] == {}
+    assert len(metrics["figures"]) == 5
+    assert all((tmp_path / name).exists() for name in PICTURES)
+
+    assert quick([*arguments, "--resume", "--keep-going"]) == 0
+    shown = capsys.readouterr().out
+    assert "going on after epoch 5 of 6" in shown
+    assert shown.count("warning: codes_near_uniform") == 1
+    metrics = metrics_of(tmp_path)
+    assert metrics["stopped_by"] == []
+    assert len(metrics["figures"]) == 6
+
+
+def test_a_warning_is_printed_once(example, capsys) -> None:
+    monitoring = example("monitoring")
+    found = [Diagnosis("duplicates", "many", ("this", "that"))]
+    told: set[str] = set()
+    for _ in range(2):
+        monitoring.warn(found, told)
+    assert capsys.readouterr().out == "warning: duplicates: many\n  - this\n  - that\n"
+    assert not monitoring.hopeless(found)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from images import reason
 from settings import FREE_TO_CHANGE, Settings, UserError, flag
 from torch import Tensor
 
-from swavkit import SwAVLoss
+from swavkit import ClusterMonitor, SwAVLoss
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.json"
 
@@ -29,9 +29,11 @@ class Training:
     criterion: SwAVLoss
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
+    monitor: ClusterMonitor
     epoch: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)  # one per step
+    figures: list[dict[str, float]] = field(default_factory=list)  # one per epoch
 
 
 def check_output(settings: Settings) -> None:
@@ -84,6 +86,7 @@ def checkpoint(training: Training, settings: Settings, images: Tensor) -> bytes:
     """Return the content of the checkpoint file."""
     own = {
         "criterion": training.criterion.state_dict(),  # prototypes, queue, steps
+        "monitor": training.monitor.state_dict(),
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state(images.device) if images.is_cuda else None,
     }
@@ -97,6 +100,7 @@ def checkpoint(training: Training, settings: Settings, images: Tensor) -> bytes:
         "epoch": training.epoch,
         "seconds": training.seconds,
         "losses": training.losses,
+        "figures": training.figures,
     }
     content = io.BytesIO()
     torch.save(state, content)
@@ -147,4 +151,7 @@ def resume(training: Training, settings: Settings, images: Tensor) -> None:
         torch.cuda.set_rng_state(own["random_cuda"], images.device)
     training.epoch, training.seconds = state["epoch"], state["seconds"]
     training.losses = state["losses"]
+    if "figures" in state:  # older checkpoints have none
+        training.figures = state["figures"]
+        training.monitor.load_state_dict(own["monitor"])
     processes.say(f"going on after epoch {training.epoch} of {settings.epochs}")

@@ -9,8 +9,12 @@
 
 ``train`` contains the training loop: crops, features, loss, step. Labels are used for evaluation
 only. The output folder holds ``metrics.json``, ``checkpoint.pt`` and pictures. ``--resume``
-continues from the checkpoint. The exit status is 0 for a finished run, 2 for an error that the user
-can correct, 3 if training diverges, and 130 for Ctrl-C.
+continues from the checkpoint. The progress line shows the loss, its bounds, the share of prototypes
+that are used, and how often two crops of an image have the same nearest prototype. A training that
+is stuck or collapsed is stopped with a diagnosis, unless ``--keep-going`` is given.
+
+The exit status is 0 for a finished run, 2 for an error that the user can correct, 3 if training
+diverges or is stopped by a diagnosis, and 130 for Ctrl-C. ``torchrun`` turns 2 and 3 into 1.
 """
 
 from __future__ import annotations
@@ -21,7 +25,6 @@ import io
 import json
 import math
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -33,10 +36,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from swavkit import MultiCropTransform, SwAVLoss, multi_crop_forward
+from swavkit import (
+    ClusterMonitor,
+    Diagnosis,
+    MultiCropTransform,
+    SwAVLoss,
+    SwAVStatistics,
+    check_sizes,
+    multi_crop_forward,
+)
 
 try:
     import evaluation
+    import monitoring
     import pictures
     import processes
     from checkpoint import (
@@ -51,6 +63,7 @@ try:
     )
     from encoder import MEAN, STD, Network, distort_digits, features_of, pixels_of
     from images import Images, load_images
+    from matplotlib.figure import Figure
     from settings import Settings, TrainingError, UserError, choose_device, crop_groups, parse
     from threadpoolctl import threadpool_limits
     from tqdm import tqdm
@@ -73,9 +86,10 @@ class Model(nn.Module):
         super().__init__()
         self.network, self.criterion = network, criterion
 
-    def forward(self, crops: list[Tensor]) -> Tensor:
-        """Return the loss of one batch."""
-        return self.criterion(multi_crop_forward(self.network, crops))
+    def forward(self, crops: list[Tensor]) -> tuple[Tensor, SwAVStatistics, Tensor]:
+        """Return the loss of one batch, its statistics, and the features (V, B, D)."""
+        features = multi_crop_forward(self.network, crops)
+        return *self.criterion(features, return_statistics=True), features.detach()
 
 
 def prepare(settings: Settings, images: Tensor, code_views: int) -> Training:
@@ -99,7 +113,7 @@ def prepare(settings: Settings, images: Tensor, code_views: int) -> Training:
         weight_decay=settings.weight_decay,
     )
     total = settings.epochs * (len(images) // settings.batch_size)
-    warmup = min(settings.warmup_steps, total // 2)
+    warmup = warmup_of(settings, total)
 
     def learning_rate_factor(step: int) -> float:
         if step < warmup:
@@ -107,19 +121,41 @@ def prepare(settings: Settings, images: Tensor, code_views: int) -> Training:
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor)
-    return Training(network, criterion, optimizer, schedule)
+    monitor = ClusterMonitor(settings.prototypes)
+    return Training(network, criterion, optimizer, schedule, monitor)
+
+
+def warmup_of(settings: Settings, total: int) -> int:
+    """Return the steps of warm-up in a training of ``total`` steps."""
+    return min(settings.warmup_steps, total // 2)
 
 
 def train(
     training: Training, settings: Settings, transform: MultiCropTransform, images: Tensor
-) -> None:
-    """Train to the last epoch, and write a checkpoint after each epoch."""
+) -> list[Diagnosis]:
+    """Train to the last epoch, and write a checkpoint after each epoch.
+
+    Returns:
+        The diagnoses that stopped the training, the same on all ranks; an empty list if none did.
+    """
     model: nn.Module = Model(training.network, training.criterion)
     if processes.SIZE > 1:
         model = DistributedDataParallel(model)
-    chance = math.log(settings.prototypes)  # the loss of equal scores
+    criterion, monitor = training.criterion, training.monitor
     steps = len(images) // settings.batch_size  # in an epoch
     in_epoch = steps * settings.batch_size
+    # The steps before the training is judged: the warm-up has left the window, and diagnose()
+    # itself waits for 200.
+    warmup = warmup_of(settings, settings.epochs * steps)
+    judged = max(200, max(warmup, settings.freeze_steps) + monitor.window)
+    sizes = check_sizes(
+        settings.batch_size // processes.SIZE,
+        settings.prototypes,
+        processes=processes.SIZE,
+        queue_length=criterion.queue.length if criterion.queue else 0,
+    )
+    told: set[str] = set()  # names of diagnoses
+    monitoring.warn(sizes, told)
     progress = tqdm(
         total=settings.epochs * in_epoch,
         initial=training.epoch * in_epoch,
@@ -128,6 +164,7 @@ def train(
         dynamic_ncols=True,
         mininterval=0.5,
         disable=processes.RANK > 0,
+        bar_format="{percentage:3.0f}%, {remaining} left{postfix}, {rate_fmt} {bar}",
     )
     with progress:
         while training.epoch < settings.epochs:
@@ -136,25 +173,38 @@ def train(
             order = processes.of_the_first(torch.randperm(len(images)).to(images.device))
             for step, batch in enumerate(order[:in_epoch].split(settings.batch_size), start=1):
                 rows = batch[processes.RANK :: processes.SIZE]
-                loss = model(transform(images[rows]))
+                loss, statistics, features = model(transform(images[rows]))
                 training.optimizer.zero_grad()
                 loss.backward()
                 training.optimizer.step()
                 training.schedule.step()
+                monitor.update(
+                    statistics, loss=loss, features=features, prototypes=criterion.prototypes
+                )
 
                 unread.append(loss.detach())
                 progress.update(settings.batch_size)
                 if step % 10 == 0 or step == steps:
                     read_losses(training, unread)
-                    mean = statistics.fmean(training.losses[-10:])
-                    progress.set_postfix_str(f"loss {mean:.3f}, ln K {mean - chance:+.3f}", False)
+                    figures = monitoring.figures_of(monitor)
+                    progress.set_postfix_str(monitoring.line(figures, settings.prototypes), False)
             if not all(state.isfinite().all() for state in [*model.parameters(), *model.buffers()]):
                 raise diverged(
                     training, f"the weights after step {len(training.losses)} are not finite"
                 )
             training.epoch += 1
             training.seconds += time.perf_counter() - started
+            training.figures.append({"epoch": training.epoch, **figures})
             write(settings, CHECKPOINT, checkpoint(training, settings, images))
+            if len(training.losses) >= judged:
+                # Queues differ between ranks, and all ranks must stop together.
+                found = processes.everyones(monitor.diagnose(criterion))[0]
+                if monitoring.hopeless(found) and not settings.keep_going:
+                    return found
+                monitoring.warn(found, told)
+    if len(training.losses) < judged:
+        processes.say(f"{len(training.losses)} steps are too few to tell whether training works")
+    return []
 
 
 def read_losses(training: Training, unread: list[Tensor]) -> None:
@@ -173,9 +223,13 @@ def diverged(training: Training, what: str) -> TrainingError:
 
 
 def draw(
-    training: Training, settings: Settings, transform: MultiCropTransform, images: Images
+    training: Training,
+    settings: Settings,
+    transform: MultiCropTransform,
+    images: Images,
+    clusters: Figure | None,
 ) -> float:
-    """Write the pictures, warn if training failed, and return the prototypes' perplexity."""
+    """Write the pictures, and return the prototypes' perplexity."""
     prototypes = training.criterion.prototypes.cpu()
     chance = math.log(prototypes.num_prototypes)
     projected = features_of(training.network, images.train)
@@ -183,14 +237,6 @@ def draw(
     nearest = prototypes.assign(projected)
     usage = torch.bincount(nearest, minlength=prototypes.num_prototypes) / len(nearest)
     perplexity = math.exp(torch.special.entr(usage).sum())
-    steps = len(training.losses)
-    slow_start = max(min(settings.warmup_steps, steps // 2), settings.freeze_steps)
-    if steps < slow_start + 50:
-        print(f"{steps} steps are too few to tell whether the training works")
-    elif statistics.fmean(training.losses[-50:]) > 0.99 * chance:
-        print("warning: the loss is still at ln K: the training did not start")
-    elif perplexity < min(2, prototypes.num_prototypes):
-        print(f"warning: the training collapsed: the prototypes' perplexity is {perplexity:.2f}")
 
     some = torch.linspace(0, len(images.train) - 1, min(8, len(images.train))).long()
     if len(images.held_out):
@@ -202,10 +248,13 @@ def draw(
         "loss.png": lambda: pictures.loss(training.losses, chance),
         "prototypes.png": lambda: pictures.usage(usage, perplexity),
         "nearest.png": lambda: pictures.nearest(images.train.cpu(), scores),
+        "clusters.png": lambda: clusters,
         "map.png": lambda: pictures.feature_map(
             features_of(training.network.encoder, shown), labels, images.classes, what
         ),
     }
+    if clusters is None:
+        del figures["clusters.png"]
     progress = tqdm(figures.items(), unit="picture")
     for name, figure in progress:
         progress.set_description(f"drawing {name}")
@@ -254,11 +303,15 @@ def run(settings: Settings) -> None:
         resume(training, settings, images.train)
     if settings.compile:
         training.network.compile()
-    train(training, settings, transform, images.train)
+    stopped = train(training, settings, transform, images.train)
+    # None if an old checkpoint, without figures, held the last epoch already.
+    clusters = training.monitor.plot() if training.figures else None
     processes.leave()
     if processes.RANK > 0:
         return
     trained = time.perf_counter()
+    if stopped:
+        print(monitoring.in_words(stopped), flush=True)
 
     training.network.eval()
     representations: dict[str, Callable[[Tensor], Tensor]] = {
@@ -266,9 +319,9 @@ def run(settings: Settings) -> None:
         "random encoder": partial(features_of, untrained.eval()),
         "raw pixels": pixels_of,
     }
-    accuracies = evaluation.compare(representations, images)
+    accuracies = {} if stopped else evaluation.compare(representations, images)
     evaluated = time.perf_counter()
-    perplexity = draw(training, settings, transform, images)
+    perplexity = draw(training, settings, transform, images, clusters)
     finished = time.perf_counter()
     metrics: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),
@@ -296,9 +349,17 @@ def run(settings: Settings) -> None:
         "prototype_perplexity": perplexity,
         "ln_k": math.log(settings.prototypes),
         "losses": training.losses,
+        "figures": training.figures,
+        "stopped_by": [each.name for each in stopped],
     }
     write(settings, METRICS, (json.dumps(metrics, indent=1) + "\n").encode())
     print(f"\n{finished - started:.0f} s; pictures and metrics are in {settings.output}")
+    if stopped:
+        raise TrainingError(
+            f"training stopped after epoch {training.epoch} of {settings.epochs} "
+            f"({stopped[0].name}): change what the diagnosis names and start anew with "
+            f"--overwrite, or train on with --resume --keep-going"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -50,6 +50,9 @@ class Settings:
     output: str = option("runs/pretrain", "folder for metrics, checkpoint and pictures")
     resume: bool = option(False, "go on from the checkpoint in the output folder, if there is one")
     overwrite: bool = option(False, "replace the run that the output folder holds")
+    keep_going: bool = option(
+        False, "train on where a diagnosis says that the training is stuck or collapsed"
+    )
     validation: bool = option(
         False,
         "hold out a part of the training images, and evaluate on it and not on the test split",
@@ -76,7 +79,7 @@ class Settings:
 
 
 # Settings that may differ between the run that wrote a checkpoint and the run that resumes it.
-FREE_TO_CHANGE = {"output", "resume", "overwrite", "device", "threads", "compile"}
+FREE_TO_CHANGE = {"output", "resume", "overwrite", "keep_going", "device", "threads", "compile"}
 
 LEAST = {
     "epochs": 1,
