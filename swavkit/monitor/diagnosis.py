@@ -227,12 +227,12 @@ def check_sizes(
     return _too_few((batch + queue) * ranks, prototypes)
 
 
-def _too_few(seen: float, prototypes: int) -> list[Diagnosis]:
+def _too_few(seen: float, prototypes: int, remark: str = "") -> list[Diagnosis]:
     if seen >= _SAMPLES * prototypes:
         return []
     text = (
         f"the codes see {seen:.0f} samples for {prototypes} prototypes, "
-        f"{seen / prototypes:.2f} per prototype; expected at least {_SAMPLES}"
+        f"{seen / prototypes:.2f} per prototype; expected at least {_SAMPLES}{remark}"
     )
     return [Diagnosis("too_few_samples", text, (_QUEUE, _LARGER_BATCH, _FEWER))]
 
@@ -257,7 +257,8 @@ def _certain(
     if samples > 0:
         queue = getattr(criterion, "queue", None)
         queued = 0 if queue is None else queue.length * ranks
-        found += _too_few(samples + queued, prototypes)
+        unknown = "; a queue counts in diagnose(criterion) only" if criterion is None else ""
+        found += _too_few(samples + queued, prototypes, unknown)
     return found
 
 
