@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from swavkit import LoadReport, PrototypeLayer, SwAVLoss, load_pretrained, pretrained_state_dict
+from tests.states import same, snapshot
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST_CHECKPOINT = ROOT / "tests" / "data" / "swav_loss_v1.pt"
@@ -176,7 +177,8 @@ def swavkit_state(theirs: Theirs) -> dict[str, Any]:
     model = nn.Module()
     model.network, model.criterion = nn.Module(), criterion
     model.network.encoder, model.network.projection_head = theirs.network, theirs.head
-    return {"model": named("module.", model), "optimizer": {"state": {}, "param_groups": []}}
+    optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"params": [0]}]}
+    return {"model": named("module.", model), "optimizer": optimizer}
 
 
 LAYOUTS: dict[str, tuple[str, Callable[[Theirs], Any]]] = {
@@ -353,6 +355,14 @@ def test_layers_of_a_head_are_matched_in_order() -> None:
     for linear in (nn.Linear(64, D, bias=False), nn.Sequential(nn.Linear(64, D, bias=False))):
         load_pretrained(single, projection_head=linear)
         assert torch.equal(*linear.state_dict().values(), torch.ones(D, 64))
+
+
+def test_equal_names_count_more_than_the_order() -> None:
+    theirs, head = (randomized(head_of(8), seed) for seed in (8, 9))
+    state = snapshot(theirs)
+    source = {f"projection_head.{name}": state[name] for name in reversed(state)}
+    load_pretrained(source, projection_head=head)
+    assert same(head.state_dict(), state)
 
 
 def test_a_head_without_the_bias_of_a_batch_norm() -> None:
