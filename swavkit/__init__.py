@@ -14,6 +14,7 @@ from swavkit.multicrop.forward import multi_crop_forward
 from swavkit.multicrop.masks import crop_masks
 from swavkit.multicrop.photometric import PhotometricDistortion
 from swavkit.multicrop.transform import MultiCropTransform
+from swavkit.pretrained import LoadReport, load_pretrained, pretrained_state_dict
 from swavkit.prototypes import PrototypeLayer
 from swavkit.sinkhorn import SinkhornKnopp, sinkhorn_knopp
 from swavkit.sinkhorn.marginals import marginal_error, power_law_prior
@@ -27,6 +28,7 @@ __all__ = [
     "CropGroup",
     "Diagnosis",
     "FeatureQueue",
+    "LoadReport",
     "MultiCropTransform",
     "PhotometricDistortion",
     "PrototypeLayer",
@@ -39,10 +41,12 @@ __all__ = [
     "cluster_statistics",
     "code_prediction_loss",
     "crop_masks",
+    "load_pretrained",
     "load_sharded_state_dict",
     "marginal_error",
     "multi_crop_forward",
     "power_law_prior",
+    "pretrained_state_dict",
     "sharded_state_dict",
     "sinkhorn_knopp",
     "swapped_prediction_loss",

@@ -131,6 +131,7 @@ def test_components_know_few_others() -> None:
         ("fused", "swav_statistics"),
         ("monitor", "swav_statistics"),
         ("monitor", "prototypes"),
+        ("pretrained", "prototypes"),
         ("sharded", "prototypes"),
         ("sharded", "sinkhorn"),
         ("sharded", "swapped_prediction"),

@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 from threadpoolctl import threadpool_info
 
-from swavkit import Diagnosis
+from swavkit import Diagnosis, PrototypeLayer, load_pretrained
+from tests.states import same
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "docs" / "examples"
 PROGRAM = EXAMPLES / "pretrain.py"
@@ -138,6 +139,20 @@ def test_a_run_writes_what_it_says(unbroken: tuple[Path, str, str]) -> None:
     for row in ROWS:
         assert list(metrics["accuracies"][row]) == COLUMNS
         assert all(10 < accuracy <= 100 for accuracy in metrics["accuracies"][row].values())
+
+
+def test_its_checkpoint_gives_encoder_head_and_prototypes(
+    unbroken: tuple[Path, str, str], example
+) -> None:
+    file = unbroken[0] / "checkpoint.pt"
+    saved = torch.load(file, weights_only=True)
+    network = example("encoder").Network(channels=1, feature_dim=64)
+    weight = saved["processes"][0]["criterion"]["prototypes.weight"]
+    prototypes = PrototypeLayer(64, len(weight))
+    load_pretrained(file, network=network.encoder)
+    load_pretrained(file, projection_head=network.head, prototypes=prototypes)
+    assert same(network.state_dict(), saved["network"])
+    assert torch.equal(prototypes.weight, weight)
 
 
 def test_it_learns_at_a_tiny_size_already(unbroken: tuple[Path, str, str]) -> None:

@@ -91,6 +91,9 @@ CALLS = {
     "SwAVStatistics": "(samples, code_usage, assigned, code_entropy, prediction_entropy, "
     "code_rows, prediction_rows, agreeing, pairs)",
     "cluster_statistics": "(scores, codes, *, temperature=0.1, sample_weight=None)",
+    "LoadReport": "(layout, loaded, renamed, missing, unused)",
+    "load_pretrained": "(source, *, network=None, projection_head=None, prototypes=None)",
+    "pretrained_state_dict": "(network, projection_head=None, prototypes=None)",
     "sharded_state_dict": "(module, *, checkpoint=None, process_group=None)",
     "load_sharded_state_dict": "(module, state_dict, *, strict=True, process_group=None)",
 }
