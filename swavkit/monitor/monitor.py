@@ -254,7 +254,7 @@ class ClusterMonitor(OwnState):
             {name: value.item() for name, value in window.figures.items()},
             num_prototypes=self.num_prototypes,
             samples=window.samples_per_step.item(),
-            steps=int(self.updates),
+            steps=window.updates,
             window=self.window,
             criterion=criterion,
         )
@@ -272,7 +272,7 @@ class ClusterMonitor(OwnState):
             assigned=window.assigned.cpu().numpy(),
             code_usage=window.code_usage.cpu().numpy(),
             steps={name: values.cpu().numpy() for name, values in window.steps.items()},
-            last_step=int(self.updates),
+            last_step=window.updates,
             figures={name: value.item() for name, value in window.figures.items()},
         )
 
@@ -292,7 +292,7 @@ class ClusterMonitor(OwnState):
             # Oldest step first, so that the last row holds the last step of every rank.
             order = (torch.arange(self.window, device=device) + self.updates) % self.window
             parts = [
-                torch.ones((), dtype=torch.float64, device=device),
+                torch.stack([torch.ones_like(self.updates), self.updates, self.updates > 0]).double(),
                 self.assigned.sum(dim=0, dtype=torch.float64),
                 self.code_usage.sum(dim=0, dtype=torch.float64),
                 self.scalars.index_select(0, order).double(),
@@ -305,7 +305,7 @@ class ClusterMonitor(OwnState):
             together = torch.cat([part.flatten() for part in parts])
             together = sum_over_ranks(together.to(device_for(group, device)), group).to(device)
             sums = torch.split(together, [part.numel() for part in parts])
-            ranks, assigned, code_usage, scalars, *of_features = (
+            counts, assigned, code_usage, scalars, *of_features = (
                 values.view(part.shape) for values, part in zip(sums, parts, strict=True)
             )
             steps = dict(zip(_COLUMNS, scalars.unbind(dim=1), strict=True))
@@ -314,6 +314,7 @@ class ClusterMonitor(OwnState):
                     "compute must follow an update, got none on any rank since the start or reset; "
                     "expected update(statistics) in each step"
                 )
+            ranks, updates, updated = counts.unbind()
             totals = {name: values.sum() for name, values in steps.items()}
             totals["nonfinite"] = (steps["nonfinite"] > 0).sum().double()  # on any rank
             figures = cluster_figures(assigned, code_usage, totals)
@@ -329,6 +330,7 @@ class ClusterMonitor(OwnState):
             code_usage,
             steps,
             totals["samples"] * ranks / totals["updates"],
+            int(updates / updated),
             {name: value.float() for name, value in figures.items()},
         )
 
@@ -358,6 +360,7 @@ class _Window(NamedTuple):
     code_usage: Tensor  # (K,)
     steps: dict[str, Tensor]  # (window,) each
     samples_per_step: Tensor
+    updates: int  # of each rank, the mean of those with any
     figures: dict[str, Tensor]
 
 
