@@ -58,13 +58,14 @@ class ClusterMonitor(OwnState):
             figures = monitor.compute()  # on all ranks
 
     ``figures`` is a dict of scalar tensors, for ``self.log_dict(figures)`` in a
-    ``LightningModule``, ``writer.add_scalars("clusters", figures, step)`` of TensorBoard, or
+    ``LightningModule``, for ``writer.add_scalar`` of TensorBoard, or
     ``{name: float(value) for name, value in figures.items()}``. As with a metric of torchmetrics,
     :meth:`reset` starts anew, after an epoch say. It is optional, since old steps leave the window.
 
     Args:
         num_prototypes: K, the number of prototypes, at least 1. Each head needs its own monitor.
-        window: The number of steps that figures are computed over, at least 1.
+        window: The number of steps that figures are computed over, at least 1; for all diagnoses,
+            at least 50.
         process_group: The ranks; the default group if ``None``.
 
     Attributes:
@@ -215,6 +216,9 @@ class ClusterMonitor(OwnState):
             - ``"below_ln_k"``: ln K − loss, which is 0 if predictions are uniform.
             - ``"above_code_entropy"``: loss − code entropy, a mean Kullback-Leibler divergence.
 
+            A loss that is the mean over heads fits no single head. Of these three, only ``"loss"``
+            then has a meaning.
+
             If prototypes were given:
 
             - ``"duplicates"``: number of prototypes with another one at a cosine above 0.99.
@@ -238,7 +242,8 @@ class ClusterMonitor(OwnState):
 
         Args:
             criterion: The :class:`SwAVLoss`, for its settings, and for its queue, whose features
-                are compared with those given to :meth:`update` if they have the same dimension.
+                are compared with those given to :meth:`update` if they have the same dimension. It
+                is needed with several heads, whose mean loss is compared with their mean ln K.
 
         Returns:
             A list of :class:`Diagnosis`, the same on all ranks.
@@ -292,7 +297,9 @@ class ClusterMonitor(OwnState):
             # Oldest step first, so that the last row holds the last step of every rank.
             order = (torch.arange(self.window, device=device) + self.updates) % self.window
             parts = [
-                torch.stack([torch.ones_like(self.updates), self.updates, self.updates > 0]).double(),
+                torch.stack(
+                    [torch.ones_like(self.updates), self.updates, self.updates > 0]
+                ).double(),
                 self.assigned.sum(dim=0, dtype=torch.float64),
                 self.code_usage.sum(dim=0, dtype=torch.float64),
                 self.scalars.index_select(0, order).double(),
