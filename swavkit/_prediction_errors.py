@@ -171,7 +171,7 @@ def _largest(scores: Tensor) -> tuple[Tensor, Tensor]:
     chunks = scores.view(*scores.shape[:-1], -1, size).amax(dim=-1)
     largest, chunk = chunks.max(dim=-1, keepdim=True)
     first = chunk * size
-    entries = scores.gather(-1, first + torch.arange(size))
+    entries = scores.gather(-1, first + torch.arange(size, device=scores.device))
     return largest, first + entries.argmax(dim=-1, keepdim=True)
 
 

@@ -158,9 +158,11 @@ class PrototypeLayer(nn.Module):
 
         In a distributed job, all ranks make the call, and all get the same prototypes, drawn from
         the features of all ranks. A prototype is replaced only if the ``index`` of each rank asks
-        for it, so that ``statistics.assigned == 0`` means without samples on all ranks. The host
-        then waits for the number of these prototypes. On one rank it waits only for indices, whose
-        range is checked, and not for a mask.
+        for it, so that ``monitor.assigned.sum(dim=0) == 0`` of a :class:`ClusterMonitor` means
+        without samples on all ranks in its window. One step is too short to judge: with fewer
+        samples than prototypes, most are without any. The host then waits for the number of these
+        prototypes. On one rank it waits only for indices, whose range is checked, and not for a
+        mask.
 
         Under FSDP2, call it after the optimizer step, while the weight is sharded, as
         :meth:`normalize_`.

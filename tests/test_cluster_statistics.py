@@ -440,6 +440,15 @@ def test_it_compiles_once_for_any_number_of_samples(weighted: bool) -> None:
     assert counted.frame_count == 1
 
 
+@pytest.mark.parametrize("prototypes", [PROTOTYPES, 100])  # 100: entries in chunks
+def test_the_default_device_does_not_matter(prototypes: int) -> None:
+    scores, codes = scores_and_codes(prototypes=prototypes)
+    expected = cluster_statistics(scores, codes)
+    with torch.device("meta"):
+        found = cluster_statistics(scores, codes)
+    assert_close(found, expected, 0)
+
+
 def test_statistics_have_no_gradient_and_inputs_stay_as_they_are(device: torch.device) -> None:
     scores, codes = scores_and_codes(device=device)
     scores[0, 1, 1] = codes[0, 2, 2] = math.nan

@@ -58,13 +58,14 @@ class ClusterMonitor(OwnState):
             figures = monitor.compute()  # on all ranks
 
     ``figures`` is a dict of scalar tensors, for ``self.log_dict(figures)`` in a
-    ``LightningModule``, ``writer.add_scalars("clusters", figures, step)`` of TensorBoard, or
+    ``LightningModule``, for ``writer.add_scalar`` of TensorBoard, or
     ``{name: float(value) for name, value in figures.items()}``. As with a metric of torchmetrics,
     :meth:`reset` starts anew, after an epoch say. It is optional, since old steps leave the window.
 
     Args:
         num_prototypes: K, the number of prototypes, at least 1. Each head needs its own monitor.
-        window: The number of steps that figures are computed over, at least 1.
+        window: The number of steps that figures are computed over, at least 1; for all diagnoses,
+            at least 50.
         process_group: The ranks; the default group if ``None``.
 
     Attributes:
@@ -215,6 +216,9 @@ class ClusterMonitor(OwnState):
             - ``"below_ln_k"``: ln K − loss, which is 0 if predictions are uniform.
             - ``"above_code_entropy"``: loss − code entropy, a mean Kullback-Leibler divergence.
 
+            A loss that is the mean over heads fits no single head. Of these three, only ``"loss"``
+            then has a meaning.
+
             If prototypes were given:
 
             - ``"duplicates"``: number of prototypes with another one at a cosine above 0.99.
@@ -238,7 +242,8 @@ class ClusterMonitor(OwnState):
 
         Args:
             criterion: The :class:`SwAVLoss`, for its settings, and for its queue, whose features
-                are compared with those given to :meth:`update` if they have the same dimension.
+                are compared with those given to :meth:`update` if they have the same dimension. It
+                is needed with several heads, whose mean loss is compared with their mean ln K.
 
         Returns:
             A list of :class:`Diagnosis`, the same on all ranks.
@@ -254,7 +259,7 @@ class ClusterMonitor(OwnState):
             {name: value.item() for name, value in window.figures.items()},
             num_prototypes=self.num_prototypes,
             samples=window.samples_per_step.item(),
-            steps=int(self.updates),
+            steps=window.updates,
             window=self.window,
             criterion=criterion,
         )
@@ -272,7 +277,7 @@ class ClusterMonitor(OwnState):
             assigned=window.assigned.cpu().numpy(),
             code_usage=window.code_usage.cpu().numpy(),
             steps={name: values.cpu().numpy() for name, values in window.steps.items()},
-            last_step=int(self.updates),
+            last_step=window.updates,
             figures={name: value.item() for name, value in window.figures.items()},
         )
 
@@ -292,7 +297,9 @@ class ClusterMonitor(OwnState):
             # Oldest step first, so that the last row holds the last step of every rank.
             order = (torch.arange(self.window, device=device) + self.updates) % self.window
             parts = [
-                torch.ones((), dtype=torch.float64, device=device),
+                torch.stack(
+                    [torch.ones_like(self.updates), self.updates, self.updates > 0]
+                ).double(),
                 self.assigned.sum(dim=0, dtype=torch.float64),
                 self.code_usage.sum(dim=0, dtype=torch.float64),
                 self.scalars.index_select(0, order).double(),
@@ -305,7 +312,7 @@ class ClusterMonitor(OwnState):
             together = torch.cat([part.flatten() for part in parts])
             together = sum_over_ranks(together.to(device_for(group, device)), group).to(device)
             sums = torch.split(together, [part.numel() for part in parts])
-            ranks, assigned, code_usage, scalars, *of_features = (
+            counts, assigned, code_usage, scalars, *of_features = (
                 values.view(part.shape) for values, part in zip(sums, parts, strict=True)
             )
             steps = dict(zip(_COLUMNS, scalars.unbind(dim=1), strict=True))
@@ -314,6 +321,7 @@ class ClusterMonitor(OwnState):
                     "compute must follow an update, got none on any rank since the start or reset; "
                     "expected update(statistics) in each step"
                 )
+            ranks, updates, updated = counts.unbind()
             totals = {name: values.sum() for name, values in steps.items()}
             totals["nonfinite"] = (steps["nonfinite"] > 0).sum().double()  # on any rank
             figures = cluster_figures(assigned, code_usage, totals)
@@ -329,6 +337,7 @@ class ClusterMonitor(OwnState):
             code_usage,
             steps,
             totals["samples"] * ranks / totals["updates"],
+            int(updates / updated),
             {name: value.float() for name, value in figures.items()},
         )
 
@@ -358,6 +367,7 @@ class _Window(NamedTuple):
     code_usage: Tensor  # (K,)
     steps: dict[str, Tensor]  # (window,) each
     samples_per_step: Tensor
+    updates: int  # of each rank, the mean of those with any
     figures: dict[str, Tensor]
 
 

@@ -86,7 +86,7 @@ def figures_and_collectives(rank: int) -> tuple[dict[str, float], list[int]]:
 
 
 def test_figures_are_of_all_ranks_in_one_collective(ranks: Ranks) -> None:
-    entries = 1 + 2 * K + WINDOW * COLUMNS + D * D + D + 1
+    entries = 3 + 2 * K + WINDOW * COLUMNS + D * D + D + 1
     for found, sent in ranks.run(figures_and_collectives):
         assert sent == [entries]
         assert_figures(found, expected_of((0, 1, 2)))
@@ -170,6 +170,20 @@ def test_samples_and_curves_are_of_all_ranks(ranks: Ranks) -> None:
         assert seen["samples"] == pytest.approx(samples)
         assert seen["steps"] == len(SIZES[0])
         np.testing.assert_allclose(curve, losses, rtol=2e-6)
+
+
+def diagnosed_after_different_steps(rank: int) -> list[Diagnosis]:
+    monitor = ClusterMonitor(K)
+    scores = torch.eye(K)[:1].expand(2, 8, K)  # all at one prototype
+    for _ in range(199 + rank):
+        monitor.update(cluster_statistics(scores, scores), loss=9.0)
+    return monitor.diagnose()
+
+
+def test_diagnoses_are_the_same_on_ranks_with_different_steps(ranks: Ranks) -> None:
+    first, *others = ranks.run(diagnosed_after_different_steps)
+    assert "collapsed" in [each.name for each in first]
+    assert others == [first] * (RANKS - 1)
 
 
 def sharded_prototypes(rank: int) -> list[float]:
