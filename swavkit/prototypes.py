@@ -154,7 +154,7 @@ class PrototypeLayer(nn.Module):
             replaced = prototypes.reinitialize_(index, features)
             for value in optimizer.state[prototypes.weight].values():
                 if torch.is_tensor(value) and value.shape == prototypes.weight.shape:
-                    value.masked_fill_(replaced.unsqueeze(1), 0)
+                    value.mul_(replaced.logical_not().unsqueeze(1))
 
         In a distributed job, all ranks make the call, and all get the same prototypes, drawn from
         the features of all ranks. A prototype is replaced only if the ``index`` of each rank asks

@@ -211,7 +211,7 @@ def clear(optimizer: torch.optim.Optimizer, prototypes: PrototypeLayer, replaced
     """As in the docstring."""
     for value in optimizer.state[prototypes.weight].values():
         if torch.is_tensor(value) and value.shape == prototypes.weight.shape:
-            value.masked_fill_(replaced.unsqueeze(1), 0)
+            value.mul_(replaced.logical_not().unsqueeze(1))
 
 
 # That it helps

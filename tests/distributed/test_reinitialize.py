@@ -57,7 +57,7 @@ def replaced(rank: int, argument: dict[str, Any]) -> dict[str, Any]:
     )
     for value in optimizer.state[prototypes.weight].values():
         if torch.is_tensor(value) and value.shape == prototypes.weight.shape:
-            value.masked_fill_(mask.unsqueeze(1), 0)
+            value.mul_(mask.logical_not().unsqueeze(1))
     new = whole(prototypes.weight)
     assert isinstance(mask, DTensor) == isinstance(prototypes.weight, DTensor)
     prototypes.weight.grad.zero_()
