@@ -91,7 +91,8 @@ def prediction_errors(
         largest = scores.amax(dim=-1, keepdim=True).to(dtype)
     else:
         largest, nearest = _largest(scores)
-        largest, _ = largest.to(dtype), observed.nearest.copy_(nearest.squeeze(-1))
+        largest = largest.to(dtype)
+        observed.nearest.copy_(nearest.squeeze(-1))
     shift = largest * -inverse_temperature
     if residual is not None and residual.dtype == dtype:
         logits = residual
@@ -151,7 +152,7 @@ def observe_codes(codes: Sequence[Tensor], observed: ObservedRows, memory: Tenso
     observed.code_usage.zero_()
     for code, entropies in zip(codes, observed.code_entropies, strict=True):
         entropies.copy_(row_entropies(code, memory))
-        weight = torch.where(entropies.isfinite(), observed.weight, 0).unsqueeze(-1)
+        weight = valid_weights(entropies, observed.weight).unsqueeze(-1)
         observed.code_usage.add_(torch.mul(code, weight, out=memory).nansum(dim=0))  # 0 · NaN is 0
 
 
@@ -161,6 +162,11 @@ def row_entropies(codes: Tensor, memory: Tensor | None = None) -> Tensor:
     not_finite = masses - masses  # 0 or NaN
     # 0 · ln 0 is 0 here.
     return not_finite - torch.log(codes, out=memory).mul_(codes).nansum(dim=-1)
+
+
+def valid_weights(entropies: Tensor, weight: Tensor) -> Tensor:
+    """Return the weights of rows, (..., b), with zeros where an entropy is not finite."""
+    return torch.where(entropies.isfinite(), weight, 0)
 
 
 def _largest(scores: Tensor) -> tuple[Tensor, Tensor]:

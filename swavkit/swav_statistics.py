@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from swavkit import _checks
-from swavkit._prediction_errors import ObservedRows
+from swavkit._prediction_errors import ObservedRows, valid_weights
 from swavkit._tensors import at_least_float32, autocast_disabled, on_cpu, traceable
 from swavkit.swapped_prediction import Views, check_pairing, errors_of_samples
 
@@ -111,13 +111,16 @@ def rows_to_observe(
     """Return memory for the rows of V scores and A codes of some samples, (b, K) each."""
     samples, prototypes = scores[0].shape
     dtype, device = at_least_float32(scores[0].dtype), scores[0].device
-    weight = torch.ones(samples, dtype=dtype, device=device)
+    if sample_weight is None:
+        weight = torch.ones(samples, dtype=dtype, device=device)
+    else:
+        weight = sample_weight.detach().to(dtype)
     return ObservedRows(
         nearest=torch.empty(len(scores), samples, dtype=torch.int64, device=device),
         entropies=weight.new_empty(len(scores), samples),
         code_entropies=weight.new_empty(len(codes), samples),
         code_usage=weight.new_empty(prototypes),
-        weight=weight if sample_weight is None else sample_weight.detach().to(dtype),
+        weight=weight,
     )
 
 
@@ -125,8 +128,8 @@ def block_statistics(observed: ObservedRows) -> SwAVStatistics:
     """Return the statistics of some samples, given their rows."""
     nearest, entropies, code_entropies, code_usage, weight = observed
     code_views = len(code_entropies)
-    rows = _valid_weights(entropies, weight)  # (V, b)
-    code_rows = _valid_weights(code_entropies, weight)  # (A, b)
+    rows = valid_weights(entropies, weight)  # (V, b)
+    code_rows = valid_weights(code_entropies, weight)  # (A, b)
     # Each pair i < v of two code views counts twice.
     pairs, agreeing = weight.new_zeros(()), weight.new_zeros(())
     for view in range(code_views):
@@ -170,8 +173,3 @@ def _blocks(views: int, scores: Tensor) -> list[slice]:
         return [slice(None)]
     size = max(_SCORES_OF_A_BLOCK // (views * scores.shape[-1]), 1)
     return [slice(start, start + size) for start in range(0, len(scores), size)]
-
-
-def _valid_weights(entropies: Tensor, weight: Tensor) -> Tensor:
-    """Return the weights of rows, (..., b), with zeros where an entropy is not finite."""
-    return torch.where(entropies.isfinite(), weight, 0)

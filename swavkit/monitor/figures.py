@@ -58,16 +58,13 @@ def moments(features: Tensor) -> list[Tensor]:
 
 def feature_figures(gram: Tensor, total: Tensor, count: Tensor) -> dict[str, Tensor]:
     """Return the figures of features from their summed :func:`moments`."""
-    dimensions = len(total)
-    mean = total / count
-    variance = (gram.diagonal() / count - mean.square()).clamp_min(0)
     eigenvalues = torch.linalg.eigvalsh(gram)
     # Eigenvalues are exact to a multiple of the largest one, of which nothing below it counts.
-    rounding = torch.finfo(gram.dtype).eps * dimensions * eigenvalues[-1]
+    rounding = torch.finfo(gram.dtype).eps * len(total) * eigenvalues[-1]
     singular = torch.where(eigenvalues > rounding, eigenvalues, 0).sqrt()
     empty = torch.where(count > 0, 0.0, math.nan)
     return {
-        "feature_std": math.sqrt(dimensions) * variance.sqrt().mean(),
+        "feature_std": _spread(gram, total, count),
         "effective_rank": _perplexity(singular).where(singular.sum() > 0, empty),
     }
 
@@ -84,7 +81,7 @@ def queue_figures(
     drift = torch.linalg.vector_norm(queue_total / queue_count - total / count)
     return {
         "queued": queue_count,
-        "queue_std": feature_figures(*queued)["feature_std"] / feature_std,
+        "queue_std": _spread(*queued) / feature_std,
         "queue_drift": drift / feature_std,
     }
 
@@ -99,6 +96,12 @@ def num_duplicates(prototypes: Tensor) -> Tensor:
         cosines.diagonal(first).fill_(-1)  # of each with itself
         found += (cosines > _DUPLICATE).any(dim=1).sum()
     return found
+
+
+def _spread(gram: Tensor, total: Tensor, count: Tensor) -> Tensor:
+    """Return the mean standard deviation of the dimensions, times √D, from :func:`moments`."""
+    variance = (gram.diagonal() / count - (total / count).square()).clamp_min(0)
+    return math.sqrt(len(total)) * variance.sqrt().mean()
 
 
 def _perplexity(counts: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from swavkit._autograd import attach_gradients
-from swavkit._prediction_errors import ObservedRows, row_entropies
+from swavkit._prediction_errors import ObservedRows, row_entropies, valid_weights
 from swavkit._tensors import at_least_float32, autocast_disabled
 from swavkit.distributed.collectives import (
     gather_over_ranks,
@@ -260,7 +260,7 @@ def sharded_statistics(
         )
         entropies = total.log() - weighted / total
         weight = weight.to(logits.dtype)
-        code_weight = torch.where(code_entropies.isfinite(), weight, 0)  # (A, N)
+        code_weight = valid_weights(code_entropies, weight)  # (A, N)
         counted = (codes * code_weight.unsqueeze(-1)).nansum(dim=0)  # 0 · NaN is 0 here
         usage = logits.new_zeros(len(layout.sizes), num_prototypes)
         for row, part in zip(usage, torch.split(counted, layout.sizes), strict=True):
