@@ -174,11 +174,13 @@ def _largest(scores: Tensor) -> tuple[Tensor, Tensor]:
     size = next((size for size in _SIZES_OF_CHUNKS if scores.shape[-1] % size == 0), None)
     if size is None or not on_cpu(scores):
         return scores.max(dim=-1, keepdim=True)
-    chunks = scores.view(*scores.shape[:-1], -1, size).amax(dim=-1)
-    largest, chunk = chunks.max(dim=-1, keepdim=True)
-    first = chunk * size
-    entries = scores.gather(-1, first + torch.arange(size, device=scores.device))
-    return largest, first + entries.argmax(dim=-1, keepdim=True)
+    chunks = scores.reshape(-1, size)
+    maxima = chunks.amax(dim=-1).view(*scores.shape[:-1], -1)
+    largest, chunk = maxima.max(dim=-1, keepdim=True)
+    first = torch.arange(0, len(chunks), maxima.shape[-1], device=scores.device)
+    entries = chunks.index_select(0, first + chunk.flatten())
+    index = entries.view(*scores.shape[:-1], size).argmax(dim=-1, keepdim=True)
+    return largest, chunk * size + index
 
 
 def residual_scale(mass: Tensor, dtype: torch.dtype) -> Tensor | None:
