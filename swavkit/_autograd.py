@@ -60,11 +60,10 @@ class UnitRows(torch.autograd.Function):
     @staticmethod
     def forward(rows: Tensor, differentiate_norm: bool) -> tuple[Tensor, Tensor]:
         # Divided by the largest entry first, so that no square over- or underflows. It cancels.
-        largest = torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True))
-        largest = largest.clamp(min=torch.finfo(rows.dtype).tiny)
+        largest = rows.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
         unit = rows / largest
         norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
-        norm = norm.masked_fill(norm == 0, torch.inf)  # a zero row's gradient is 0
+        norm = F.threshold(norm, 0, torch.inf)  # a zero row's gradient is 0
         return unit / norm, norm * largest
 
     @staticmethod

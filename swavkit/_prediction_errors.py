@@ -107,8 +107,10 @@ def prediction_errors(
     if observed is not None:
         # 0 · -inf is 0 here too.
         torch.sub(log_sums, logits.mul_(predictions).nansum(dim=-1), out=observed.entropies)
-    errors = [
-        target.mass * _over_views(log_sums[target.views], target.mass) - agreement
+    gains = [
+        torch.addcmul(
+            agreement, target.mass, _over_views(log_sums[target.views], target.mass), value=-1
+        )
         for target, agreement in zip(targets, agreements, strict=True)
     ]
     if residual is not None:
@@ -118,7 +120,7 @@ def prediction_errors(
             logits.mul_(scale.unsqueeze(-1))
         if logits is not residual:
             residual.copy_(logits)
-    return reduce(torch.add, errors)
+    return reduce(torch.add, gains).neg_()
 
 
 def _agreement(target: Target, logits: Tensor) -> Tensor:
@@ -147,7 +149,7 @@ def _residual(predictions: Tensor, target: Target, out: Tensor) -> None:
         torch.mul(predictions, -mass, out=out).scatter_add_(-1, target.values.unsqueeze(-1), mass)
 
 
-def observe_codes(codes: Sequence[Tensor], observed: ObservedRows, memory: Tensor) -> None:
+def observe_codes(codes: Tensor | Sequence[Tensor], observed: ObservedRows, memory: Tensor) -> None:
     """Overwrite the entropies and the usage of A codes (b, K), and ``memory`` (b, K)."""
     observed.code_usage.zero_()
     for code, entropies in zip(codes, observed.code_entropies, strict=True):
@@ -191,15 +193,17 @@ def residual_scale(mass: Tensor, dtype: torch.dtype) -> Tensor | None:
     return _LARGEST_RESIDUAL_IN_FLOAT16 / mass.clamp(min=2.0**-100)  # no infinite scale
 
 
-def normalized_weights(sample_weight: Tensor | None, like: Tensor) -> Tensor:
-    """Return the weights (B,) of the samples of ``like`` (B, ...), divided by their sum."""
+def normalized_weights(sample_weight: Tensor | None, like: Tensor, pairs: int = 1) -> Tensor:
+    """Return the weights (B,) of the samples of ``like`` (B, ...), of sum 1 / ``pairs``."""
     samples, dtype = len(like), at_least_float32(like.dtype)
     if sample_weight is None:
-        return torch.full((samples,), 1 / max(samples, 1), dtype=dtype, device=like.device)
+        return torch.full(
+            (samples,), 1 / (max(samples, 1) * pairs), dtype=dtype, device=like.device
+        )
     if samples == 0:
         return like.new_zeros((0,), dtype=dtype)
     weight = sample_weight.to(at_least_float32(sample_weight.dtype))
     largest = weight.amax()  # after division by it, no sum over- or underflows
     weight = (weight / torch.where(largest == 0, 1, largest)).to(dtype)
     total = weight.sum()
-    return weight / torch.where(total == 0, 1, total)
+    return weight / torch.where(total == 0, 1, total * pairs)

@@ -101,7 +101,7 @@ def swapped_prediction_loss(
 
     given = [scores] if isinstance(scores, Tensor) else score_views
     views = scores if isinstance(scores, Tensor) else score_views
-    terms = views, code_views, temperature, sample_weight
+    terms = views, codes if isinstance(codes, Tensor) else code_views, temperature, sample_weight
     if not (torch.is_grad_enabled() and any(part.requires_grad for part in given)):
         return _loss_and_factor(None, *terms)[0]
     residuals = [empty(part.shape, part.dtype, part) for part in given]
@@ -161,7 +161,7 @@ class SwappedPredictionLoss(nn.Module):
 def _loss_and_factor(
     residuals: Views | None,
     scores: Views,
-    codes: Sequence[Tensor],
+    codes: Views,
     temperature: float | Tensor,
     sample_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -170,12 +170,11 @@ def _loss_and_factor(
     ``residuals``, (B, K) for each view, are overwritten.
     """
     with torch.no_grad(), autocast_disabled(scores[0].device):
-        normalized_weight = normalized_weights(sample_weight, scores[0])
-        inverse_temperature = 1 / traceable(temperature, normalized_weight.device)
+        pair_weight = normalized_weights(sample_weight, scores[0], len(codes) * (len(scores) - 1))
+        inverse_temperature = 1 / traceable(temperature, pair_weight.device)
         errors, scale = errors_of_samples(
             scores, codes, inverse_temperature, sample_weight, residuals
         )
-        pair_weight = normalized_weight / (len(codes) * (len(scores) - 1))
         factor = pair_weight * -inverse_temperature
         if scale is not None:
             factor /= scale
@@ -184,7 +183,7 @@ def _loss_and_factor(
 
 def errors_of_samples(
     scores: Views,
-    codes: Sequence[Tensor],
+    codes: Views,
     inverse_temperature: float | Tensor,
     sample_weight: Tensor | None,
     residuals: Views | None,
@@ -194,7 +193,7 @@ def errors_of_samples(
 
     Args:
         scores: (V, b, K), or V tensors (b, K).
-        codes: A tensors (b, K).
+        codes: (A, b, K), or A tensors (b, K).
         inverse_temperature: 1/τ.
         sample_weight: (b,), or ``None``. Errors and residuals are 0 where it is 0.
         residuals: Like ``scores``, overwritten with T_v - n_v · softmax(S_v/τ), times the scale,
@@ -203,16 +202,21 @@ def errors_of_samples(
     """
     dtype = at_least_float32(scores[0].dtype)
     zero_weight_mask = None if sample_weight is None else sample_weight == 0
-    codes = [code.to(dtype) for code in codes]
-    target_of_all = reduce(torch.add, codes)
-    of_all = Target(slice(None), target_of_all, target_of_all.sum(dim=-1))
+    masses: Views
+    if isinstance(codes, Tensor):
+        codes = codes.to(dtype)
+        masses = codes.sum(dim=-1)
+    else:
+        codes = [code.to(dtype) for code in codes]
+        masses = [code.sum(dim=-1) for code in codes]
+    of_all = Target(slice(None), _sum(codes), _sum(masses))
     scale = residual_scale(of_all.mass, scores[0].dtype)
     errors: list[Tensor] = []
     alone = len(codes) == 1  # the first view has nothing to predict
     groups = _groups(scores, int(alone))
     memory = None
     if observed is not None:
-        memory = empty((len(groups[0]), *target_of_all.shape), dtype, scores[0])
+        memory = empty((len(groups[0]), *of_all.values.shape), dtype, scores[0])
         observe_codes(codes, observed, memory[0])
         if alone:
             nothing = Target(0, torch.zeros_like(codes[0]), torch.zeros_like(of_all.mass))
@@ -227,7 +231,7 @@ def errors_of_samples(
         residuals[0].zero_()
     for views in groups:
         residual = None if residuals is None else _together(residuals, views)
-        targets = _targets(codes, of_all, views)
+        targets = _targets(codes, masses, of_all, views)
         errors.append(
             prediction_errors(
                 _together(scores, views),
@@ -241,7 +245,7 @@ def errors_of_samples(
         )
         if zero_weight_mask is not None and residual is not None:
             residual.masked_fill_(zero_weight_mask.unsqueeze(-1), 0)
-    total = reduce(torch.add, errors)
+    total = _sum(errors)
     if zero_weight_mask is not None:
         total.masked_fill_(zero_weight_mask, 0)
     return total, scale
@@ -270,15 +274,19 @@ def _rows_of(observed: ObservedRows, group: range) -> ObservedRows:
     return observed._replace(nearest=observed.nearest[views], entropies=observed.entropies[views])
 
 
-def _targets(codes: Sequence[Tensor], of_all: Target, group: range) -> list[Target]:
+def _targets(codes: Views, masses: Views, of_all: Target, group: range) -> list[Target]:
     """Return the targets of the views of a group: all other codes."""
     targets = []
     for view in range(group.start, min(group.stop, len(codes))):
-        values = reduce(torch.add, [*codes[:view], *codes[view + 1 :]])
-        targets.append(Target(view - group.start, values, values.sum(dim=-1)))
+        values, mass = (_sum([*each[:view], *each[view + 1 :]]) for each in (codes, masses))
+        targets.append(Target(view - group.start, values, mass))
     if group.stop > len(codes):
         targets.append(of_all._replace(views=slice(len(targets), None)))
     return targets
+
+
+def _sum(tensors: Views) -> Tensor:
+    return reduce(torch.add, tensors)
 
 
 def check_pairing(scores: list[Tensor], codes: list[Tensor]) -> None:

@@ -149,8 +149,7 @@ def _loss(
     views = len(features)
     inverse_temperature = 1 / traceable(temperature, features.device)
     code_views = len(scores.code_features)
-    normalized_weight = normalized_weights(sample_weight, features[0])
-    pair_weight = normalized_weight / (code_views * (views - 1))
+    pair_weight = normalized_weights(sample_weight, features[0], code_views * (views - 1))
     factor = pair_weight * -inverse_temperature
     # In float16 the product of a feature and its weight could underflow.
     dtype = torch.float32 if features.dtype == torch.float16 else features.dtype

@@ -55,33 +55,30 @@ def codes_at_once(
     lowest = torch.finfo(dtype).min / 4  # the scaled score of an excluded prototype
     scale, rate = scale_and_rate(traceable(epsilon, scores.device), dtype)
     nan_mask = nan_mask_of(scores).to(dtype).unsqueeze(-1)  # (..., B, 1)
+    counts = nan_mask == 0  # r
     code_mass = nan_mask.exp()  # NaN or 1, the sum of each code
-    sample_mass = code_mass.squeeze(-1).nan_to_num(0)  # r
     values = torch.empty(scores.shape, dtype=dtype, device=scores.device)
-
-    def scale_scores(added: Tensor) -> None:
-        scaled_sum(added, scores, scale, out=values).nan_to_num_(lowest, lowest, lowest)
-
     if present is None:
-        scale_scores(nan_mask)
+        scaled_sum(nan_mask, scores, scale, out=values).nan_to_num_(lowest, lowest, lowest)
         values.sub_(values.amax(dim=-2, keepdim=True))
     else:
-        absent = ~present.unsqueeze(-1)
-        code_mass = torch.where(absent, sample_mass.unsqueeze(-1), code_mass)
-        sample_mass = sample_mass.masked_fill_(absent.squeeze(-1), 0)
-        scale_scores(nan_mask.masked_fill(absent, torch.nan))
-        largest = values.amax(dim=-2, keepdim=True)
-        scale_scores(nan_mask)
-        values.sub_(largest.masked_fill_(largest <= lowest, 0))  # of nobody
-    largest = exponentials(values, rate).mul_(rate)
-    if present is not None:
-        largest.clamp_(max=0)  # that of an absent sample may be anything
-    v = largest.exp_().mul_(sample_mass)
+        present = present.unsqueeze(-1)
+        code_mass = torch.where(present, code_mass, counts)
+        nan_mask = nan_mask / present  # NaN for an absent sample too
+        counts = nan_mask == 0
+        scaled_sum(nan_mask, scores, -scale, out=values).nan_to_num_(
+            torch.inf, torch.inf, torch.inf
+        )
+        shift = values.amin(dim=-2, keepdim=True).nan_to_num_(posinf=0)  # of nobody
+        scaled_sum(shift, scores, scale, out=values).nan_to_num_(lowest, lowest, lowest)
+    largest = exponentials(values, rate)  # that of an absent sample may be anything
+    v = scaled_sum(nan_mask.squeeze(-1), largest, rate).exp_().nan_to_num_(0)
+    counts = counts.squeeze(-1)
     transposed = values.mT
     for _ in range(iterations):
         u = products(transposed, v).reciprocal_()
         if present is not None:
             u.nan_to_num_(torch.nan, 1)  # of nobody
         sums = products(values, u)
-        v = sample_mass / sums
+        v = counts / sums
     return values.mul_(u.unsqueeze(-2)).mul_(code_mass.div_(sums.unsqueeze(-1)))
