@@ -16,6 +16,7 @@ import torch
 from benchmarks import bench_loss, bench_ranks, bench_sinkhorn, harness, kernels, peers
 from benchmarks.__main__ import digest, main, table
 from benchmarks.published import published_codes, published_loss, published_step
+from swavkit import SwAVLoss, sinkhorn_knopp
 from tests import oracles
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -237,6 +238,22 @@ def test_launches_are_counted_on_the_path_of_an_accelerator() -> None:
     plain, weighted = found["swavkit", 1], found["swavkit, weighted samples", 1]
     assert 0 < plain <= found["swavkit", 2] < 2 * plain
     assert plain <= weighted <= found["swavkit, both weighted", 1]
+
+
+@pytest.mark.parametrize(("queue_length", "forward"), [(0, 90), (3840, 156)])
+def test_a_step_of_eight_views_takes_few_operations(queue_length: int, forward: int) -> None:
+    criterion = SwAVLoss(128, 3000, queue_length=queue_length, freeze_steps=1).to("meta")
+    features = torch.zeros(8, 64, 128, device="meta", requires_grad=True)
+    losses = []
+    assert kernels.operations(lambda: losses.append(criterion(features))) <= forward
+    assert kernels.operations(losses[0].backward) <= 15
+
+
+@pytest.mark.parametrize(("problems", "most"), [(1, 39), (2, 45)])
+def test_codes_of_present_samples_take_few_operations(problems: int, most: int) -> None:
+    scores = torch.zeros(problems, 256, 3000, device="meta")
+    present = torch.ones(256, dtype=torch.bool, device="meta")
+    assert kernels.operations(lambda: sinkhorn_knopp(scores, sample_weight=present)) <= most
 
 
 def test_the_quick_run_reports_what_it_measured(tmp_path: Path) -> None:
