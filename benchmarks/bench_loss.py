@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import OURS, Calls, Suite
 from benchmarks.inputs import CPU, clustered
+from benchmarks.peers import LIGHTLY, installed, lightly_loss
 from benchmarks.published import published_codes, published_loss, published_step
 from swavkit import PrototypeLayer, SwAVLoss
 from tests import oracles
@@ -107,6 +108,19 @@ def prepare(problem: Problem, device: torch.device = CPU) -> Calls:
         loss = published_step(features, weight, CODE_VIEWS, queued, of_teacher)
         return loss, *torch.autograd.grad(loss, [features, weight])
 
+    def lightly() -> Callable[[], tuple[Tensor, ...]]:
+        criterion = lightly_loss()
+
+        def step() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                weight.copy_(F.normalize(weight, dim=-1))
+            views = [view @ weight.T for view in F.normalize(features, dim=-1)]
+            of_queue = None if queued is None else [view @ weight.detach().T for view in queued]
+            loss = criterion(views[:CODE_VIEWS], views[CODE_VIEWS:], of_queue)
+            return loss, *torch.autograd.grad(loss, [features, weight])
+
+        return step
+
     @torch.no_grad()
     def products() -> tuple[Tensor, ...]:
         """Compute the products of every such step, and nothing else."""
@@ -129,6 +143,8 @@ def prepare(problem: Problem, device: torch.device = CPU) -> Calls:
         "published": published,
         "its 3 matrix products": products,
     }
+    if installed(LIGHTLY) and not problem.teacher:
+        calls[LIGHTLY] = lightly()
     if device.type != "cpu":
         calls[f"{OURS}, bfloat16 autocast"] = autocast(ours("auto"))
         calls["published, bfloat16 autocast"] = autocast(published)
@@ -163,7 +179,8 @@ def errors(problem: Problem, calls: Calls, device: torch.device = CPU) -> dict[s
                 comparable(*calls[name](), weight), comparable(*expected, weight), strict=True
             )
         )
-        for name in (OURS, FULL, STREAMED, OBSERVED, "published")
+        for name in (OURS, FULL, STREAMED, OBSERVED, "published", LIGHTLY)
+        if name in calls
     }
 
 
@@ -195,4 +212,5 @@ SUITE = Suite(
     prepare=prepare,
     check_reference=check_reference,
     errors=errors,
+    missing=lambda: [] if installed(LIGHTLY) else [LIGHTLY],
 )

@@ -1,27 +1,36 @@
-"""Optional solvers of other packages.
+"""Optional solvers and losses of other packages.
 
-They take the precomputed cost C = -S (N, B, K), with mass 1/B for a sample and 1/K for a prototype.
-Each returns N codes (B, K).
+The solvers take the precomputed cost C = -S (N, B, K), with mass 1/B for a sample and 1/K for a
+prototype. Each returns N codes (B, K).
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
+import runpy
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-MODULES = {"POT": "ot", "geomloss": "geomloss"}
+MODULES = {"POT": "ot", "geomloss": "geomloss"}  # the solvers
+LIGHTLY = "lightly"
 
 
 def installed(name: str) -> bool:
-    return importlib.util.find_spec(MODULES[name]) is not None
+    return importlib.util.find_spec(MODULES.get(name, name)) is not None
 
 
 def missing() -> list[str]:
     return [name for name in MODULES if not installed(name)]
+
+
+def lightly_loss() -> nn.Module:
+    """Return lightly's loss, from its file: the package itself imports torchvision."""
+    file = Path(importlib.util.find_spec(LIGHTLY).origin).parent / "loss" / "swav_loss.py"
+    return runpy.run_path(str(file))["SwaVLoss"]()
 
 
 def pot_codes(
