@@ -6,12 +6,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import swavkit
+from benchmarks.published import published_codes
+from tests import oracles
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,20 +25,29 @@ def test_every_public_name_is_in_the_api_page() -> None:
     assert sorted(documented) == sorted(swavkit.__all__)
 
 
-def test_the_training_loop_of_the_readme_runs_in_12_lines() -> None:
+def test_the_training_loop_of_the_readme_runs_as_it_stands() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    loops = re.findall(r"^```python\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
-    assert len(loops) == 1
-    assert len(loops[0].splitlines()) == 12
-    users = {
-        "network": nn.Sequential(
-            nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 128), nn.BatchNorm1d(128)
-        ),
-        "loader": [torch.rand(2, 3, 240, 320), torch.rand(3, 3, 256, 256)],
-    }
-    exec(compile(loops[0], "README.md", "exec"), users)
-    assert users["criterion"].steps == 2
-    assert users["loss"].isfinite()
+    (loop,) = re.findall(r"^```python\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
+    for size, tiny in [("rand(512", "rand(5"), ("batch_size=256", "batch_size=2"), ("200", "1")]:
+        assert loop.count(size) == 1
+        loop = loop.replace(size, tiny)
+    names: dict[str, Any] = {}
+    exec(compile(loop, "README.md", "exec"), names)
+    assert names["criterion"].steps == 2
+    assert names["loss"].isfinite()
+
+
+def test_the_published_algorithm_fails_where_the_readme_says_so() -> None:
+    scores = torch.eye(8, 6)  # cosines of samples that lie on prototypes
+    absent = torch.cat([torch.full((1, 6), torch.nan), scores[1:]])
+    for given, epsilon in [(scores, 0.01), (scores.half(), 0.05), (absent, 0.05)]:
+        assert published_codes(given, epsilon).isnan().all()
+        codes = swavkit.sinkhorn_knopp(given, epsilon=epsilon)
+        expected = oracles.sinkhorn(given[1:].double().numpy(), epsilon, 3)
+        if given is absent:
+            np.testing.assert_allclose(codes[1:].numpy(), expected, atol=1e-7)
+        else:
+            assert codes.isfinite().all()
 
 
 # The pages as a browser gets them
