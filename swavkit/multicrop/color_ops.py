@@ -173,26 +173,28 @@ def distort_rows_(
     *jitters, grays, blurs = indices.split([len(rows) for rows in chosen])
     if colors:
         for steps, rows in enumerate(jitters):
-            part = _jitter(crops[rows], parameters[rows], range(steps), range(steps, 3))
+            part, numbers = crops.index_select(0, rows), parameters.index_select(0, rows)
+            part = _jitter(part, numbers, range(steps), range(steps, 3))
             crops.index_copy_(0, rows, part)
-        crops.index_copy_(0, grays, _to_gray(crops[grays], parameters[grays]))
+        part, numbers = crops.index_select(0, grays), parameters.index_select(0, grays)
+        crops.index_copy_(0, grays, _to_gray(part, numbers))
     if blur:
-        crops.index_copy_(0, blurs, _blur(crops[blurs], parameters[blurs, 11], blur))
+        part, numbers = crops.index_select(0, blurs), parameters.index_select(0, blurs)
+        crops.index_copy_(0, blurs, _blur(part, numbers[:, 11], blur))
 
 
 def _jitter(crops: Tensor, parameters: Tensor, before: range, after: range) -> Tensor:
     """Return crops after the given steps before the hue shift, the shift, and those after it."""
-    kinds, factors, precedes, shift, _ = (
-        parameters[..., None, None, None].split((3, 3, 3, 1, 2), dim=1)  # (B, ..., 1, 1, 1)
-    )
-    others = [(kinds == kind).to(crops.dtype) for kind in (CONTRAST, SATURATION)]
+    column = parameters[..., None, None, None]  # (B, PARAMETERS, 1, 1, 1)
+    kinds, factors, precedes, shift = column[:, :3], column[:, 3:6], column[:, 6:9], column[:, 9]
+    contrast, saturation = ((kinds == kind).to(crops.dtype) for kind in (CONTRAST, SATURATION))
     first, second = factors.where(precedes > 0, 1), factors.where(precedes == 0, 1)
     for step in before:
-        crops = _blend(crops, *(other[:, step] for other in others), first[:, step])
+        crops = _blend(crops, contrast[:, step], saturation[:, step], first[:, step])
     if crops.shape[1] == 3:
-        crops = _shift_hue(crops, shift[:, 0]).where(shift[:, 0] != 0, crops)
+        crops = _shift_hue(crops, shift).where(shift != 0, crops)
     for step in after:
-        crops = _blend(crops, *(other[:, step] for other in others), second[:, step])
+        crops = _blend(crops, contrast[:, step], saturation[:, step], second[:, step])
     return crops
 
 
@@ -210,10 +212,10 @@ def _to_gray(crops: Tensor, parameters: Tensor) -> Tensor:
 def _gray(crops: Tensor) -> Tensor:
     # Not a matrix product, which TF32 would round, and Python numbers, because a tensor of weights
     # would have to be copied to the device.
-    first, *others = zip(_luma(crops.shape[1]), crops.split(1, dim=1), strict=True)
-    gray = first[1] * first[0]
-    for weight, plane in others:
-        gray = torch.add(gray, plane, alpha=weight)
+    weights = _luma(crops.shape[1])
+    gray = weights[0] * crops[:, :1]
+    for channel in range(1, len(weights)):
+        gray = torch.add(gray, crops[:, channel : channel + 1], alpha=weights[channel])
     return gray
 
 
@@ -224,7 +226,7 @@ def _luma(channels: int) -> tuple[float, ...]:
 
 def _shift_hue(crops: Tensor, shift: Tensor) -> Tensor:
     """Shift the HSV hue by ``shift`` revolutions, keeping value and chroma."""
-    red, green, blue = crops.split(1, dim=1)
+    red, green, blue = crops[:, :1], crops[:, 1:2], crops[:, 2:]
     value, least = crops.amax(1, keepdim=True), crops.amin(1, keepdim=True)
     chroma = value - least
     sixths = torch.where(  # of a revolution, times chroma
