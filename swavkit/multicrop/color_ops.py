@@ -170,7 +170,7 @@ def distort_rows_(
     chosen = [np.flatnonzero(jittered & (hue_position == steps)) for steps in range(4)]
     chosen += [np.flatnonzero(known[:, 10] != 1), np.flatnonzero(known[:, 11])]
     indices = on_device(torch.from_numpy(np.concatenate(chosen)), torch.int64, crops.device)
-    *jitters, grays, blurs = indices.split([len(rows) for rows in chosen])
+    *jitters, grays, blurs = torch.split(indices, [len(rows) for rows in chosen])
     if colors:
         for steps, rows in enumerate(jitters):
             part, numbers = crops.index_select(0, rows), parameters.index_select(0, rows)

@@ -259,6 +259,7 @@ class MultiCropTransform:
         mean, std = (self._statistic(value, images) for value in (self.mean, self.std))
         scale, offset = 1 / std, -mean / std
         batch = images.batch()
+        windows = not (on_cpu(batch) or as_a_whole(batch))  # a CPU gathers slowly
         steps = torch.split(parameters, [group.count for group in self.crops], dim=1)
         results = []
         for index, (group, numbers) in enumerate(zip(self.crops, steps, strict=True)):
@@ -271,7 +272,7 @@ class MultiCropTransform:
                 group.size,
                 group.interpolation,
                 white=images.largest_value,
-                window=None if as_a_whole(batch) else box_ops.window_of(boxes),
+                window=box_ops.window_of(boxes) if windows else None,
             )
             if group.interpolation == "bicubic":
                 crops = crops.clamp_(0, 1)
