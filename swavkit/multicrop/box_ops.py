@@ -151,7 +151,7 @@ def _windows(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> tuple[Tens
         start.long() + torch.arange(length, device=device)
         for start, length in zip(starts, size, strict=True)
     )
-    of_image = torch.arange(count, device=device).repeat_interleave(boxes.shape[1])
+    of_image = torch.arange(count * boxes.shape[1], device=device) // boxes.shape[1]
     windows = images[
         of_image.view(-1, 1, 1, 1),
         rows[:, :, None, None],

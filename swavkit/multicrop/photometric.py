@@ -94,12 +94,12 @@ class PhotometricDistortion:
         batch = (crops if crops.dim() == 4 else crops[None]).to(at_least_float32(crops.dtype))
         uniform = random_numbers(len(batch), NUMBERS, generator=generator)
         parameters = draw(self, uniform, batch.shape[1])
+        distorted = batch.clone(memory_format=torch.contiguous_format)
         if one_by_one(batch):
-            distorted = batch.clone(memory_format=torch.contiguous_format)
             for crop, numbers in zip(distorted, parameters.tolist(), strict=True):
                 color_ops.distort_(crop, numbers)
         else:
-            distorted = distort(self, batch.clone(), parameters)
+            distorted = distort(self, distorted, parameters).contiguous()
         return distorted.to(crops.dtype).view(crops.shape)
 
 
