@@ -2,8 +2,8 @@
 
 Launches dominate the time of small problems. On a CUDA device, the profiler counts the kernels.
 Otherwise, the ``meta`` device takes the code path of an accelerator without values, and the
-computing operations are counted. Each of them launches at least one kernel. The bytes moved are those
-of all tensors that these operations take and return.
+computing operations are counted. Each of them launches at least one kernel. The bytes moved are
+those of all tensors that these operations take and return.
 """
 
 from __future__ import annotations
