@@ -1,6 +1,6 @@
 """Color jitter, grayscale and blur of one crop in place, or of a whole batch.
 
-Both forms take the same ``PARAMETERS`` numbers per crop:
+All forms take the same ``PARAMETERS`` numbers per crop:
 
 ====  ====================================================================================
 0-2   order of brightness (0), contrast (1) and saturation (2)
@@ -13,8 +13,9 @@ Both forms take the same ``PARAMETERS`` numbers per crop:
 
 Brightness, contrast, saturation and grayscale are blends of the crop with black, with its mean
 gray, or with the gray of each pixel. The samples of a batch have the steps in different orders. The
-batched form therefore runs the three blends before and again after the hue shift, with factor 1
-for a sample without that step.
+differentiable batched form therefore runs the three blends before and again after the hue shift,
+with factor 1 for a sample without that step. The batched form in place takes the samples with the
+same number of steps before the hue shift together, and leaves out the others.
 """
 
 from __future__ import annotations
