@@ -110,7 +110,15 @@ def count() -> dict[str, Any]:
     found = kernels.counts(device)
     title = f"{KERNELS}: {kernels.ITERATIONS} iterations, {kernels.unit(device)}"
     print(title, table_of_counts(found), sep="\n")
-    return {"unit": kernels.unit(device), "counts": [asdict(one) for one in found]}
+    of_crops = kernels.counts_of_crops(device)
+    lines = [(f"{c.height} × {c.width}", f"{c.launches}", f"{c.bytes / 1e9:.1f}") for c in of_crops]
+    title = f"{KERNELS}: the published crops of {kernels.PHOTOGRAPHS} photographs"
+    print(title, _aligned([("size", "launches", "GB moved"), *lines]), sep="\n")
+    return {
+        "unit": kernels.unit(device),
+        "counts": [asdict(one) for one in found],
+        "crops": [asdict(one) for one in of_crops],
+    }
 
 
 def share(*, quick: bool) -> list[dict[str, Any]]:

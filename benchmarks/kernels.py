@@ -1,8 +1,9 @@
-"""The number of kernels that a call launches on an accelerator.
+"""The number of kernels that a call launches on an accelerator, and the bytes they move.
 
 Launches dominate the time of small problems. On a CUDA device, the profiler counts the kernels.
 Otherwise, the ``meta`` device takes the code path of an accelerator without values, and the
-computing operations are counted. Each of them launches at least one kernel.
+computing operations are counted. Each of them launches at least one kernel. The bytes moved are
+those of all tensors that these operations take and return.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.bench_sinkhorn import ITERATIONS
 from benchmarks.published import published_codes
-from swavkit import sinkhorn_knopp
+from swavkit import MultiCropTransform, sinkhorn_knopp
 
 SAMPLES, PROTOTYPES = 256, 3000
+PHOTOGRAPHS, SIZES = 256, ((375, 500), (256, 256))  # of multi-crop; heights and widths
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,16 @@ class Count:
     contender: str
     problems: int
     launches: int
+
+
+@dataclass(frozen=True)
+class CropCount:
+    """The launches and bytes of the published crops of a batch of photographs of one size."""
+
+    height: int
+    width: int
+    launches: int
+    bytes: int
 
 
 def default_device() -> torch.device:
@@ -48,6 +61,24 @@ def counts(device: torch.device) -> list[Count]:
         for problems in (1, 2)
         for name, call in contenders(problems, device).items()
     ]
+
+
+def counts_of_crops(device: torch.device) -> list[CropCount]:
+    """Return the counts of the published multi-crop transform of 8-bit photographs."""
+    transform = MultiCropTransform()
+    found = []
+    for height, width in SIZES:
+        shape = (PHOTOGRAPHS, 3, height, width)
+        images = torch.zeros(shape, dtype=torch.uint8, device=device)
+
+        def call(images: torch.Tensor = images) -> object:
+            return transform(images, seed=0)
+
+        with _Operations() as recorded:
+            call()
+        launches = kernels(call) if device.type == "cuda" else recorded.number
+        found.append(CropCount(height, width, launches, recorded.bytes))
+    return found
 
 
 def contenders(problems: int, device: torch.device) -> dict[str, Callable[[], object]]:
@@ -82,25 +113,31 @@ def kernels(call: Callable[[], object]) -> int:
 
 
 def operations(call: Callable[[], object]) -> int:
-    """Return the number of computing operations of one call, on any device."""
+    """Return the number of computing operations of one call, except on the CPU."""
     with _Operations() as recorded:
         call()
     return recorded.number
 
 
 class _Operations(TorchDispatchMode):
-    """Counts operations that return tensors, except views and uninitialized memory."""
+    """Counts operations that return tensors, except views, uninitialized memory and on the CPU."""
 
     def __init__(self) -> None:
         super().__init__()
         self.number = 0
+        self.bytes = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         free = func.is_view or func.overloadpacket in _FREE
-        self.number += isinstance(result, (torch.Tensor, tuple, list)) and not free
+        if isinstance(result, (torch.Tensor, tuple, list)) and not free:
+            leaves = tree_leaves((args, kwargs, result))
+            tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            if any(tensor.device.type != "cpu" for tensor in tensors):
+                self.number += 1
+                self.bytes += sum(tensor.numel() * tensor.itemsize for tensor in tensors)
         return result
 
 

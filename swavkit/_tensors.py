@@ -45,7 +45,13 @@ def one_by_one(pixels: Tensor) -> bool:
     On a CPU a sample then stays in the cache. An accelerator, a compiler and the gradient want
     whole batches.
     """
-    return on_cpu(pixels) and not (pixels.requires_grad and torch.is_grad_enabled())
+    return on_cpu(pixels) and not as_a_whole(pixels)
+
+
+def as_a_whole(pixels: Tensor) -> bool:
+    """Tell whether a compiler or the gradient wants every step to take all samples at once."""
+    differentiated = pixels.requires_grad and torch.is_grad_enabled()
+    return differentiated or torch.compiler.is_compiling()
 
 
 def on_cpu(tensor: Tensor) -> bool:

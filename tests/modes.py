@@ -16,7 +16,10 @@ class RefuseSynchronisation(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
+        waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
+        if func is torch.ops.aten.index.Tensor:  # a mask has to be counted, integers have not
+            waits = any(index is not None and index.dtype == torch.bool for index in args[1])
+        if waits:
             raise RuntimeError(f"{func} waits for the device")
         return func(*args, **(kwargs or {}))
 

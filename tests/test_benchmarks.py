@@ -256,6 +256,23 @@ def test_codes_of_present_samples_take_few_operations(problems: int, most: int) 
     assert kernels.operations(lambda: sinkhorn_knopp(scores, sample_weight=present)) <= most
 
 
+def test_the_published_crops_take_few_launches_and_passes_on_an_accelerator() -> None:
+    found = kernels.counts_of_crops(torch.device("meta"))
+    assert [(count.height, count.width) for count in found] == list(kernels.SIZES)
+    for count in found:
+        assert 0 < count.launches <= 930
+        assert 0 < count.bytes <= 48e9
+
+
+def test_bytes_are_those_of_what_operations_take_and_return() -> None:
+    scores = torch.zeros(5, 3, device="meta")
+    with kernels._Operations() as recorded:
+        torch.add(scores, scores[0]).mT.exp_()
+        torch.zeros(100).exp()  # on the CPU
+    assert recorded.number == 2
+    assert recorded.bytes == 4 * (15 + 3 + 15) + 4 * (15 + 15)
+
+
 def test_the_quick_run_reports_what_it_measured(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "--quick", "--output", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -293,6 +310,8 @@ def test_the_quick_run_reports_what_it_measured(tmp_path: Path) -> None:
     for count in report["kernels"]["counts"]:
         assert count["contender"] in run.stdout
         assert f" {count['launches']}" in run.stdout
+    for count in report["kernels"]["crops"]:
+        assert f"{count['height']} × {count['width']}" in run.stdout
 
 
 def test_the_table_of_a_device_is_that_of_its_result_file() -> None:

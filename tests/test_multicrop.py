@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import itertools
@@ -16,8 +17,10 @@ from PIL import Image, ImageOps
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swavkit import CropGroup, MultiCropTransform, PhotometricDistortion
+from swavkit.multicrop import image_input, separable
+from swavkit.multicrop import transform as transform_module
 from tests.image_oracles import DISTORTED, PLAIN, other_defaults, resized_box, seeded
-from tests.modes import CountingBackend, RefuseSynchronisation
+from tests.modes import CountingBackend, RefuseSynchronisation, RoundedProducts
 
 PIXEL = 2e-6  # float32 arithmetic on pixels in [0, 1]
 # Boxes that leave nothing to chance, so that only the photometric step is drawn.
@@ -591,6 +594,23 @@ def test_both_paths_give_the_same_pixels(groups, sizes):
         for one, other in zip(crops, expected, strict=True):
             assert one.requires_grad
             torch.testing.assert_close(one.detach(), other, atol=1e-4, rtol=0)
+
+
+@each_kind_of_draw
+@pytest.mark.parametrize("tf32", [False, True])
+def test_the_path_of_an_accelerator_gives_the_pixels_of_a_cpu(groups, tf32, monkeypatch):
+    pixels = torch.stack([uint8_image(60, 45, seed=seed) for seed in range(4)])
+    transform = MultiCropTransform(groups, mean=0.0, std=1.0)
+    for images in (pixels, pixels / 255, [*pixels, uint8_image(20, 90)]):
+        expected = transform(images, seed=1)
+        with monkeypatch.context() as patched:
+            patched.setattr(image_input, "one_by_one", lambda tensor: False)
+            patched.setattr(transform_module, "on_cpu", lambda tensor: False)
+            patched.setattr(separable, "_may_be_rounded", lambda factor: tf32)
+            with RoundedProducts() if tf32 else contextlib.nullcontext():
+                crops = transform(images, seed=1)
+        for one, other in zip(crops, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
 
 
 @pytest.mark.cuda

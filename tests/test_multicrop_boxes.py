@@ -372,6 +372,24 @@ def test_both_ways_cut_the_same(cut):
         torch.testing.assert_close(box_ops.cut(image, box, *resizing), together, atol=PIXEL, rtol=0)
 
 
+@given(cuts(), st.integers(0, 40), st.integers(0, 40))
+def test_windows_and_several_boxes_of_an_image_change_nothing(cut, down, right):
+    image, box, resizing = cut
+    height, width = image.shape[1:]
+    canvas = torch.rand(2, 2, height + max(height, down), width + max(width, right)).double()
+    top, left = canvas.shape[2] - height, canvas.shape[3] - width
+    canvas[1, :, top:, left:] = image
+    boxes = torch.tensor([box] * 4).view(2, 2, 5)
+    boxes[1, 1, :2] += torch.tensor([top, left])
+    boxes[1, 0, 4] = 1
+    crops = box_ops.cut_batch(canvas, boxes, *resizing, window=(height, width))
+    expected = box_ops.cut_batch(image[None], torch.tensor([box]), *resizing)[0]
+    torch.testing.assert_close(crops[1, 1], expected)
+    for view in range(2):
+        apart = box_ops.cut_batch(canvas, boxes[:, view], *resizing)
+        torch.testing.assert_close(crops[:, view], apart)
+
+
 @given(cuts())
 def test_cutting_is_linear_keeps_constants_and_sees_nothing_outside_the_box(cut):
     image, box, resizing = cut

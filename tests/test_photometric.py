@@ -40,7 +40,15 @@ def at_once(crops: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
     return color_ops.distort(crops, parameters.to(crops), colors=True, blur=10)
 
 
-each_form = pytest.mark.parametrize("form", [in_place, at_once])
+def by_rows(crops: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
+    results = crops.clone()
+    known = parameters.cpu().numpy()
+    color_ops.distort_rows_(results, parameters.to(crops), known, colors=True, blur=10)
+    return results
+
+
+each_form = pytest.mark.parametrize("form", [in_place, at_once, by_rows])
+each_batched_form = pytest.mark.parametrize("form", [at_once, by_rows])
 
 
 def parameters(number: int, **columns: float) -> torch.Tensor:
@@ -125,10 +133,11 @@ def test_each_crop_gets_its_own_steps_in_its_own_order(form, device):
         np.testing.assert_allclose(result, image_oracles.distorted(crop, row), atol=1e-6)
 
 
-def test_both_forms_agree_in_float32():
+@each_batched_form
+def test_the_forms_agree_in_float32(form):
     crops = random_crops(60, size=30, dtype=torch.float32)
     rows = photometric.draw(PhotometricDistortion(), uniform_numbers(60, 4), 3)
-    torch.testing.assert_close(in_place(crops, rows), at_once(crops, rows), atol=1e-5, rtol=0)
+    torch.testing.assert_close(in_place(crops, rows), form(crops, rows), atol=1e-5, rtol=0)
 
 
 def test_draws_follow_their_distributions():
@@ -212,15 +221,37 @@ def test_autocast_does_not_coarsen_the_pixels(requires_grad):
         torch.testing.assert_close(PhotometricDistortion()(crops, generator=seeded(1)), expected)
 
 
+@each_batched_form
 @pytest.mark.parametrize("size", [8, 30])
-def test_tf32_does_not_coarsen_the_blur(size, monkeypatch):
+def test_tf32_does_not_coarsen_the_steps(size, form, monkeypatch):
     monkeypatch.setattr(separable, "_may_be_rounded", lambda factor: factor.dtype == torch.float32)
     crops = random_crops(3, size=size)
-    rows = parameters(3, _11=[0.1, 0.7, 2.0])
-    with RoundedProducts() as products:
-        results = at_once(crops.float(), rows)
-    assert products.count
-    torch.testing.assert_close(results.double(), at_once(crops, rows), atol=PIXEL, rtol=0)
+    for rows in (
+        parameters(3, _11=[0.1, 0.7, 2.0]),
+        parameters(3, _0=[0, 1, 2], _3=1.5),
+        parameters(3, _9=0.1, _10=[0, 1, 1], _11=1.0),
+    ):
+        with RoundedProducts() as products:
+            results = form(crops.float(), rows)
+        assert products.count
+        torch.testing.assert_close(results.double(), form(crops, rows), atol=PIXEL, rtol=0)
+
+
+def test_products_are_split_if_tf32_may_round_them(monkeypatch):
+    precisions = {"highest": False, "high": True, "medium": True}
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, rounded in precisions.items():
+            torch.set_float32_matmul_precision(precision)
+            factor = torch.empty(1, device="meta")
+            assert separable._may_be_rounded(factor) is rounded
+            assert not separable._may_be_rounded(factor.double())
+            assert not separable._may_be_rounded(torch.empty(1))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    # A compiled graph outlives the setting.
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert separable._may_be_rounded(factor)
 
 
 def test_it_compiles_for_any_batch_size():

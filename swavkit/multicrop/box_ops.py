@@ -7,12 +7,14 @@ random numbers. No function here draws any or synchronizes with a device.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swavkit._tensors import at_least_float32
 from swavkit.multicrop.separable import filtered
 
 _TRIES = 10  # sampled boxes before the fallback to the largest central box
@@ -91,21 +93,74 @@ def cut(
 
 
 def cut_batch(
-    batch: Tensor, boxes: Tensor, size: Size, interpolation: Interpolation = "bilinear"
+    batch: Tensor,
+    boxes: Tensor,
+    size: Size,
+    interpolation: Interpolation = "bilinear",
+    *,
+    white: int = 1,
+    window: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Return the pixels of boxes (B, 5) in images (B, C, H, W), resized to (B, C, h, w).
+    """Return the pixels of boxes (B, ..., 5) in images (B, C, H, W), resized to (B, ..., C, h, w).
 
     Antialiased resizing and mirroring are linear and separable. Each crop is W_y · I · W_xᵀ with
     its own two matrices, so a batch of arbitrary boxes takes two batched products. Bicubic values
-    are not clamped.
+    are not clamped. The result is float32, or float64 for float64 images.
+
+    Args:
+        batch: The images.
+        boxes: Any number of boxes for each image.
+        size: Size of the crops.
+        interpolation: Filter of the resizing.
+        white: Value of white pixels, by which the result is divided.
+        window: Height and width that hold each of the boxes. The matrices are 0 outside the boxes,
+            so if the boxes are small, only windows of this size are multiplied.
     """
+    dtype = at_least_float32(batch.dtype)
+    per_image = boxes.to(dtype).view(len(batch), prod(boxes.shape[1:-1]), BOX)
+    images = batch.transpose(1, 2)
+    if window is not None and 2 * prod(window) <= prod(batch.shape[-2:]):
+        images, per_image = _windows(images, per_image, window)
+    top, left, height, width, mirrored = per_image.unbind(-1)  # (B, V), or (B · V, 1) of windows
     crop_height, crop_width = height_and_width(size)
-    height, width = batch.shape[-2:]
-    top, left, box_height, box_width, mirrored = boxes.to(batch.dtype).unbind(1)
     upright = torch.zeros_like(mirrored)
-    rows = _resizing(top, box_height, upright, height, crop_height, interpolation)
-    columns = _resizing(left, box_width, mirrored, width, crop_width, interpolation)
-    return filtered(batch, rows, columns)
+    rows = _resizing(top, height, upright, images.shape[1], crop_height, interpolation)
+    columns = _resizing(left, width, mirrored, images.shape[3], crop_width, interpolation, white)
+    images = images.to(dtype, memory_format=torch.contiguous_format)
+    crops = filtered(images, rows, columns).transpose(2, 3)
+    return crops.view(*boxes.shape[:-1], *crops.shape[2:])
+
+
+def window_of(boxes: Tensor) -> tuple[int, int] | None:
+    """Return a height and width that hold each of the boxes (..., 5), which are on the CPU."""
+    if not boxes.numel():
+        return None
+    height, width = boxes[..., 2:4].flatten(0, -2).numpy().max(0)
+    return int(height), int(width)
+
+
+def _windows(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return a window (B · V, h, C, w) of (B, H, C, W) around each box, and the boxes in them."""
+    count, height, channels, width = images.shape
+    device = images.device
+    starts = [
+        torch.clamp(boxes[..., axis], max=total - length).view(-1, 1)
+        for axis, total, length in ((0, height, size[0]), (1, width, size[1]))
+    ]
+    rows, columns = (
+        start.long() + torch.arange(length, device=device)
+        for start, length in zip(starts, size, strict=True)
+    )
+    of_image = torch.arange(count * boxes.shape[1], device=device) // boxes.shape[1]
+    windows = images[
+        of_image.view(-1, 1, 1, 1),
+        rows[:, :, None, None],
+        torch.arange(channels, device=device).view(1, 1, -1, 1),
+        columns[:, None, None, :],
+    ]
+    boxes = boxes.reshape(-1, 1, BOX)
+    corner = torch.stack(starts, dim=-1)
+    return windows, torch.cat([boxes[..., :2] - corner, boxes[..., 2:]], dim=-1)
 
 
 def _between(low: Tensor, high: Tensor, uniform: Tensor) -> Tensor:
@@ -119,24 +174,32 @@ def _resizing(
     total: int,
     size: int,
     interpolation: Interpolation,
+    white: int = 1,
 ) -> Tensor:
-    """Return the resizing matrices (B, size, total) along one axis.
+    """Return the resizing matrices (B, V, size, total) along one axis, divided by ``white``.
 
     Row i is a filter around the center of output pixel i, widened for downsampling: a triangle, or
-    the cubic of Keys 1981 with a = -0.5, which is that of PIL and of torch with antialiasing.
+    the cubic of Keys 1981 with a = -0.5, which is that of PIL and of torch with antialiasing. A row
+    has few weights other than 0, which are computed alone and put in their places.
     """
-    position = torch.arange(total, device=start.device, dtype=start.dtype) - start[:, None]
     target = torch.arange(size, device=start.device, dtype=start.dtype)
-    target = torch.where(mirrored[:, None] > 0, size - 1 - target, target)
-    step = (length / size)[:, None, None]
-    distance = (position[:, None, :] + 0.5 - (target[:, :, None] + 0.5) * step).abs()
-    distance = distance / step.clamp(min=1)
+    target = torch.where(mirrored[..., None] > 0, size - 1 - target, target)[..., None]
+    length = length[..., None, None]
+    support = 1 if interpolation == "bilinear" else 2
+    # In halves of 1 / size pixels, positions are integers, and their differences are exact.
+    center = (2 * target + 1) * length
+    reach = 2 * length.clamp(min=size)
+    first = ((center - support * reach + size) / (2 * size)).floor()
+    taps = 2 * support * max(1, -(-total // size)) + 1
+    position = first + torch.arange(taps, device=start.device, dtype=start.dtype)
+    distance = (2 * size * position + size - center).abs() / reach
     if interpolation == "bilinear":
         weights = (1 - distance).clamp(min=0)
     else:
         inner = (1.5 * distance - 2.5) * distance**2 + 1
         outer = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
         weights = torch.where(distance < 1, inner, outer.where(distance < 2, 0))
-    in_box = (position >= 0) & (position < length[:, None])
-    weights = weights * in_box[:, None, :]
-    return weights / weights.sum(dim=-1, keepdim=True)
+    weights = weights * ((position >= 0) & (position < length))
+    weights = weights / (white * weights.sum(dim=-1, keepdim=True))
+    place = (position + start[..., None, None]).clamp(0, total - 1).long()
+    return weights.new_zeros(*weights.shape[:-1], total).scatter_add(-1, place, weights)

@@ -1,6 +1,6 @@
 """Color jitter, grayscale and blur of one crop in place, or of a whole batch.
 
-Both forms take the same ``PARAMETERS`` numbers per crop:
+All forms take the same ``PARAMETERS`` numbers per crop:
 
 ====  ====================================================================================
 0-2   order of brightness (0), contrast (1) and saturation (2)
@@ -13,8 +13,9 @@ Both forms take the same ``PARAMETERS`` numbers per crop:
 
 Brightness, contrast, saturation and grayscale are blends of the crop with black, with its mean
 gray, or with the gray of each pixel. The samples of a batch have the steps in different orders. The
-batched form therefore runs the three blends before and again after the hue shift, with factor 1
-for a sample without that step.
+differentiable batched form therefore runs the three blends before and again after the hue shift,
+with factor 1 for a sample without that step. The batched form in place takes the samples with the
+same number of steps before the hue shift together, and leaves out the others.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ import functools
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swavkit._tensors import on_device
 from swavkit.multicrop.separable import filtered
 
 PARAMETERS = 12
@@ -124,11 +128,11 @@ def _blur_(crop: Tensor, sigma: float) -> None:
     crop.copy_(flat.as_strided((channels, height, width), strides))
 
 
-# Differentiable, for a batch (B, C, H, W) and parameters (B, PARAMETERS) on any device.
+# For a batch (B, C, H, W) and parameters (B, PARAMETERS) on any device.
 
 
 def distort(crops: Tensor, parameters: Tensor, *, colors: bool, blur: int) -> Tensor:
-    """Distort each crop of a batch.
+    """Distort each crop of a batch; differentiable.
 
     Args:
         crops: (B, C, H, W).
@@ -137,32 +141,83 @@ def distort(crops: Tensor, parameters: Tensor, *, colors: bool, blur: int) -> Te
         blur: Largest blur radius in the batch; 0 for no blur.
     """
     if colors:
-        column = parameters[..., None, None, None]  # (B, PARAMETERS, 1, 1, 1)
-        kinds, factors, before = column[:, :3], column[:, 3:6], column[:, 6:9] > 0
-        for step in range(3):
-            crops = _blend(crops, kinds[:, step], factors[:, step].where(before[:, step], 1))
-        if crops.shape[1] == 3:
-            shift = column[:, 9]
-            crops = _shift_hue(crops, shift).where(shift != 0, crops)
-        for step in range(3):
-            crops = _blend(crops, kinds[:, step], factors[:, step].where(~before[:, step], 1))
-        crops = _blend(crops, torch.full_like(column[:, 10], SATURATION), column[:, 10])
+        crops = _jitter(crops, parameters, range(3), range(3))
+        crops = _to_gray(crops, parameters)
     if blur:
         crops = _blur(crops, parameters[:, 11], blur)
     return crops
 
 
-def _blend(crops: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
+def distort_rows_(
+    crops: Tensor,
+    parameters: Tensor,
+    known: np.ndarray[Any, np.dtype[Any]],
+    *,
+    colors: bool,
+    blur: int,
+) -> None:
+    """Distort a batch in place; each step reads only the crops that it changes.
+
+    Args:
+        crops: (B, C, H, W).
+        parameters: (B, PARAMETERS) in the dtype and on the device of the crops.
+        known: The parameters on the CPU, which tell the crops of each step without waiting for the
+            device.
+        colors: Whether to change colors; if False, the color parameters are ignored.
+        blur: Largest blur radius in the batch; 0 for no blur.
+    """
+    jittered = (known[:, 3:6] != 1).any(1) | (known[:, 9] != 0)
+    hue_position = known[:, 6:9].sum(1)
+    chosen = [np.flatnonzero(jittered & (hue_position == steps)) for steps in range(4)]
+    chosen += [np.flatnonzero(known[:, 10] != 1), np.flatnonzero(known[:, 11])]
+    indices = on_device(torch.from_numpy(np.concatenate(chosen)), torch.int64, crops.device)
+    *jitters, grays, blurs = torch.split(indices, [len(rows) for rows in chosen])
+    if colors:
+        for steps, rows in enumerate(jitters):
+            part, numbers = crops.index_select(0, rows), parameters.index_select(0, rows)
+            part = _jitter(part, numbers, range(steps), range(steps, 3))
+            crops.index_copy_(0, rows, part)
+        part, numbers = crops.index_select(0, grays), parameters.index_select(0, grays)
+        crops.index_copy_(0, grays, _to_gray(part, numbers))
+    if blur:
+        part, numbers = crops.index_select(0, blurs), parameters.index_select(0, blurs)
+        crops.index_copy_(0, blurs, _blur(part, numbers[:, 11], blur))
+
+
+def _jitter(crops: Tensor, parameters: Tensor, before: range, after: range) -> Tensor:
+    """Return crops after the given steps before the hue shift, the shift, and those after it."""
+    column = parameters[..., None, None, None]  # (B, PARAMETERS, 1, 1, 1)
+    kinds, factors, precedes, shift = column[:, :3], column[:, 3:6], column[:, 6:9], column[:, 9]
+    contrast, saturation = ((kinds == kind).to(crops.dtype) for kind in (CONTRAST, SATURATION))
+    first, second = factors.where(precedes > 0, 1), factors.where(precedes == 0, 1)
+    for step in before:
+        crops = _blend(crops, contrast[:, step], saturation[:, step], first[:, step])
+    if crops.shape[1] == 3:
+        crops = _shift_hue(crops, shift).where(shift != 0, crops)
+    for step in after:
+        crops = _blend(crops, contrast[:, step], saturation[:, step], second[:, step])
+    return crops
+
+
+def _blend(crops: Tensor, contrast: Tensor, saturation: Tensor, factor: Tensor) -> Tensor:
+    """Blend crops with their mean gray if ``contrast`` is 1, their gray, or black."""
     gray = _gray(crops)
-    other = torch.where(kind == CONTRAST, gray.mean((1, 2, 3), keepdim=True), gray)
-    other = other * (kind != BRIGHTNESS)
-    return (factor * crops + (1 - factor) * other).clamp(0, 1)
+    other = torch.addcmul(contrast * gray.mean((1, 2, 3), keepdim=True), saturation, gray)
+    return torch.lerp(other, crops, factor).clamp_(0, 1)
+
+
+def _to_gray(crops: Tensor, parameters: Tensor) -> Tensor:
+    return torch.lerp(_gray(crops), crops, parameters[:, 10, None, None, None])
 
 
 def _gray(crops: Tensor) -> Tensor:
-    # Python numbers, because a tensor of weights would have to be copied to the device.
-    planes = zip(_luma(crops.shape[1]), crops.unbind(1), strict=True)
-    return torch.stack([weight * plane for weight, plane in planes], dim=1).sum(1, keepdim=True)
+    # Not a matrix product, which TF32 would round, and Python numbers, because a tensor of weights
+    # would have to be copied to the device.
+    weights = _luma(crops.shape[1])
+    gray = weights[0] * crops[:, :1]
+    for channel in range(1, len(weights)):
+        gray = torch.add(gray, crops[:, channel : channel + 1], alpha=weights[channel])
+    return gray
 
 
 def _luma(channels: int) -> tuple[float, ...]:
@@ -172,25 +227,31 @@ def _luma(channels: int) -> tuple[float, ...]:
 
 def _shift_hue(crops: Tensor, shift: Tensor) -> Tensor:
     """Shift the HSV hue by ``shift`` revolutions, keeping value and chroma."""
-    red, green, blue = crops.unbind(1)
-    value, least = crops.amax(1), crops.amin(1)
+    red, green, blue = crops[:, :1], crops[:, 1:2], crops[:, 2:]
+    value, least = crops.amax(1, keepdim=True), crops.amin(1, keepdim=True)
     chroma = value - least
-    divisor = chroma.where(chroma > 0, 1)  # avoids 0 / 0 for gray
-    sixths = torch.where(
+    sixths = torch.where(  # of a revolution, times chroma
         value == red,
-        (green - blue) / divisor,
-        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+        green - blue,
+        torch.where(
+            value == green,
+            torch.add(blue - red, chroma, alpha=2),
+            torch.add(red - green, chroma, alpha=4),
+        ),
     )
+    sixths = sixths / chroma.where(chroma > 0, 1)  # avoids 0 / 0 for gray
     corners = (5 - 2 * torch.arange(3, device=crops.device)).view(3, 1, 1)
-    distance = (corners + sixths[:, None] + 6 * shift).remainder(6)
-    return value[:, None] - chroma[:, None] * torch.minimum(distance, 4 - distance).clamp(0, 1)
+    distance = (sixths + (6 * shift + corners)).remainder_(6).sub_(2).abs_().clamp_(1, 2)
+    return torch.addcmul(torch.sub(value, chroma, alpha=2), chroma, distance)
 
 
 def _blur(crops: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Blur each axis: M X Mᵀ, with convolution matrices M of mirrored borders."""
     kernel = _kernel(sigma, radius)
-    rows, columns = (_mirrored(kernel, length) for length in crops.shape[2:])
-    return filtered(crops, rows, columns)
+    height, width = crops.shape[2:]
+    rows = _mirrored(kernel, height)[:, None]
+    columns = rows if width == height else _mirrored(kernel, width)[:, None]
+    return filtered(crops.transpose(1, 2), rows, columns)[:, 0].transpose(1, 2)
 
 
 def _kernel(sigma: Tensor, radius: int) -> Tensor:

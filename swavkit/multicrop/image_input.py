@@ -107,21 +107,19 @@ class Images:
         return torch.tensor([sample.shape[-2:] for sample in self.samples], device="cpu")
 
     def batch(self) -> Tensor:
-        """Return (B, C, H, W) in [0, 1], with smaller images zero-padded bottom and right."""
+        """Return (B, C, H, W), with smaller images zero-padded bottom and right."""
         if isinstance(self.samples, Tensor):
-            batch = self.samples
-        else:
-            height = max(sample.shape[1] for sample in self.samples)
-            width = max(sample.shape[2] for sample in self.samples)
-            margins = [(width - one.shape[2], height - one.shape[1]) for one in self.samples]
-            with autocast_disabled(self.first.device):  # autocast rejects the other half dtype
-                batch = torch.stack(
-                    [
-                        F.pad(sample, (0, right, 0, below))
-                        for sample, (right, below) in zip(self.samples, margins, strict=True)
-                    ]
-                )
-        return batch.to(self.working_dtype) / self.largest_value
+            return self.samples
+        height = max(sample.shape[1] for sample in self.samples)
+        width = max(sample.shape[2] for sample in self.samples)
+        margins = [(width - one.shape[2], height - one.shape[1]) for one in self.samples]
+        with autocast_disabled(self.first.device):  # autocast rejects the other half dtype
+            return torch.stack(
+                [
+                    F.pad(sample, (0, right, 0, below))
+                    for sample, (right, below) in zip(self.samples, margins, strict=True)
+                ]
+            )
 
     def refuse_values_outside_0_1(self) -> None:
         """Raise an error for values outside [0, 1]. Reads the values, so call it on a CPU only."""

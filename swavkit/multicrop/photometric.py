@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from swavkit import _checks
-from swavkit._tensors import at_least_float32, on_device, one_by_one
+from swavkit._tensors import as_a_whole, at_least_float32, on_device, one_by_one
 from swavkit.multicrop import color_ops
 
 __all__ = ["PhotometricDistortion"]
@@ -94,12 +94,12 @@ class PhotometricDistortion:
         batch = (crops if crops.dim() == 4 else crops[None]).to(at_least_float32(crops.dtype))
         uniform = random_numbers(len(batch), NUMBERS, generator=generator)
         parameters = draw(self, uniform, batch.shape[1])
+        distorted = batch.clone(memory_format=torch.contiguous_format)
         if one_by_one(batch):
-            distorted = batch.clone(memory_format=torch.contiguous_format)
             for crop, numbers in zip(distorted, parameters.tolist(), strict=True):
                 color_ops.distort_(crop, numbers)
         else:
-            distorted = distort(self, batch, on_device(parameters, batch.dtype, batch.device))
+            distorted = distort(self, distorted, parameters).contiguous()
         return distorted.to(crops.dtype).view(crops.shape)
 
 
@@ -151,6 +151,17 @@ def draw(settings: PhotometricDistortion, uniform: Tensor, channels: int) -> Ten
 
 
 def distort(settings: PhotometricDistortion, crops: Tensor, parameters: Tensor) -> Tensor:
-    """Distort crops (B, C, H, W), float32 or float64, on any device."""
+    """Distort crops (B, C, H, W), float32 or float64, on any device; they may be overwritten.
+
+    Args:
+        settings: The settings from which the parameters were drawn.
+        crops: The crops.
+        parameters: (B, PARAMETERS) on the CPU.
+    """
     radius = color_ops.blur_radius(settings.blur_sigma[1]) if settings.blur_probability else 0
-    return color_ops.distort(crops, parameters, colors=changes_colors(settings), blur=radius)
+    colors = changes_colors(settings)
+    there = on_device(parameters, crops.dtype, crops.device)
+    if as_a_whole(crops):
+        return color_ops.distort(crops, there, colors=colors, blur=radius)
+    color_ops.distort_rows_(crops, there, parameters.numpy(), colors=colors, blur=radius)
+    return crops
