@@ -270,7 +270,7 @@ def evaluate(encoder: nn.Module, folders: list[Folder], options: argparse.Namesp
     processes.say(f"{neighbors.NEIGHBORS}-NN accuracy: {neighbors.accuracy(encoder, *batches):.1%}")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--data", required=True, help="folder with train/CLASS/IMAGE.JPEG, and val")
@@ -281,7 +281,7 @@ def main() -> None:
     add("--crops", choices=["loader", "device"], default="loader")
     add("--workers", type=int, default=10, help="of each rank, %(default)s")
     add("--output", default="runs/imagenet", help="%(default)s")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.batch_size = options.batch_size or RECIPES[options.recipe].batch_size
     if options.batch_size % processes.SIZE:
         parser.error(f"--batch-size must be a multiple of {processes.SIZE}, the number of ranks")

@@ -53,6 +53,6 @@ def vote(rows: Tensor, features: Tensor, labels: Tensor) -> Tensor:
         labels: (M,).
     """
     nearest = (rows @ features.T).topk(min(NEIGHBORS, len(features)))
-    votes = torch.zeros(len(rows), int(labels.max()) + 1, device=rows.device)
+    votes = rows.new_zeros(len(rows), int(labels.max()) + 1)
     votes.scatter_add_(1, labels[nearest.indices], (nearest.values / TEMPERATURE).exp())
     return votes.argmax(dim=1)
