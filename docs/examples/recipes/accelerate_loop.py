@@ -36,7 +36,8 @@ accelerator = Accelerator()
 pixels, _ = mnist_data()  # 5,000 digits of 28 x 28 pixels
 images = torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 255
 loader = DataLoader(images, BATCH_SIZE, shuffle=True, drop_last=True)
-groups = CropGroup(28, 2, (0.6, 1.0), 0.0), CropGroup(20, 2, (0.4, 0.7), 0.0)
+digits = {"flip": 0.0, "photometric": None}  # not for photographs
+groups = CropGroup(28, 2, (0.6, 1.0), **digits), CropGroup(20, 2, (0.4, 0.7), **digits)
 transform = MultiCropTransform(groups, mean=0.13, std=0.31)
 model = Model()
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)

@@ -22,8 +22,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.network = nn.Sequential(
-            *(nn.Conv2d(1, 32, 5, stride=2), nn.BatchNorm2d(32), nn.ReLU()),
-            *(nn.Conv2d(32, 64, 3, stride=2), nn.BatchNorm2d(64), nn.ReLU()),
+            *(nn.Conv2d(1, 64, 5, stride=2), nn.BatchNorm2d(64), nn.ReLU()),
             *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 64)),
         )
         self.criterion = SwAVLoss(64, num_prototypes=100, queue_length=256, epsilon=0.02)
@@ -36,11 +35,12 @@ dist.init_process_group()
 rank, size = dist.get_rank(), dist.get_world_size()
 device = torch.device("cpu")
 if torch.cuda.is_available():
-    device = torch.device("cuda", rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+    device = torch.device("cuda")
 pixels, _ = mnist_data()  # 5,000 digits of 28 x 28 pixels
 images = (torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 255)[rank:4992:size].to(device)
-groups = CropGroup(28, 2, (0.6, 1.0), 0.0), CropGroup(20, 2, (0.4, 0.7), 0.0)
+digits = {"flip": 0.0, "photometric": None}  # not for photographs
+groups = CropGroup(28, 2, (0.6, 1.0), **digits), CropGroup(20, 2, (0.4, 0.7), **digits)
 transform = MultiCropTransform(groups, mean=0.13, std=0.31)
 torch.manual_seed(0)  # the same weights on all ranks
 model = Model().to(device)
@@ -55,6 +55,6 @@ for epoch in range(EPOCHS):
         loss.backward()
         optimizer.step()
     print(f"epoch {epoch + 1}, rank {rank}: loss {loss.item():.2f}", flush=True)
-for path in sys.argv[1:2]:
-    dcp.save({"model": sharded_state_dict(model)}, checkpoint_id=path)
+if len(sys.argv) > 1:
+    dcp.save({"model": sharded_state_dict(model)}, checkpoint_id=sys.argv[1])
 dist.destroy_process_group()

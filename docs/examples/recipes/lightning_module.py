@@ -21,7 +21,8 @@ class SwAV(lightning.LightningModule):
         self.network = network
         self.criterion = SwAVLoss(feature_dim, PROTOTYPES, epsilon=0.02, freeze_steps=50)
         self.monitor = ClusterMonitor(PROTOTYPES)  # its state is saved in the checkpoints
-        groups = CropGroup(28, 2, (0.6, 1.0), 0.0), CropGroup(20, 2, (0.4, 0.7), 0.0)
+        digits = {"flip": 0.0, "photometric": None}  # not for photographs
+        groups = CropGroup(28, 2, (0.6, 1.0), **digits), CropGroup(20, 2, (0.4, 0.7), **digits)
         self.crops = MultiCropTransform(groups, mean=0.13, std=0.31)
 
     def training_step(self, images, index):

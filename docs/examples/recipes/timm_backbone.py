@@ -25,7 +25,8 @@ head = nn.Sequential(
 network = nn.Sequential(encoder, head)
 criterion = SwAVLoss(feature_dim=64, num_prototypes=100, epsilon=0.02, freeze_steps=50)
 # The sizes are multiples of the patch size, 16.
-groups = CropGroup(48, 2, (0.6, 1.0), 0.0), CropGroup(32, 2, (0.4, 0.7), 0.0)
+digits = {"flip": 0.0, "photometric": None}  # not for photographs
+groups = CropGroup(48, 2, (0.6, 1.0), **digits), CropGroup(32, 2, (0.4, 0.7), **digits)
 transform = MultiCropTransform(groups, mean=0.13, std=0.31)
 pixels, _ = mnist_data()  # 5,000 digits of 28 x 28 pixels
 images = torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 255
