@@ -147,7 +147,7 @@ class Training:
         )
         model = Model(options.network, criterion)
         if processes.SIZE > 1 and device.type == "cuda":  # there is no SyncBatchNorm on a CPU
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = timm.layers.convert_sync_batchnorm(model)
         self.model = model.to(device, memory_format=torch.channels_last)
         # LARC of the authors' program: biases and BatchNorm are decayed and adapted, too.
         self.optimizer = Lars(model.parameters(), momentum=0.9, weight_decay=1e-6, trust_coeff=1e-3)
