@@ -79,7 +79,7 @@ def imported(rank: int = 0, size: int = 1) -> Iterator[types.ModuleType]:
 
 
 def train(recipe: types.ModuleType, data: Path, output: Path, *options: str) -> None:
-    """Run two epochs of two steps."""
+    """Run two epochs with batches of 16 images."""
     settings = ["--epochs", "2", "--batch-size", "16", "--workers", "0", "--network", "small"]
     recipe.main(["--data", str(data), "--output", str(output), *settings, *options])
 

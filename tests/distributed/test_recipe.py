@@ -25,27 +25,32 @@ pytestmark = pytest.mark.distributed
 OPTIONS = ["--recipe", "small-batch", "--crops", "device"]
 
 
-def trainings(rank: int, folder: Path) -> None:
+def whole(rank: int, folder: Path) -> None:
     with runner.imported(rank, 2) as recipe:
         runner.train(recipe, folder, folder / "whole", *OPTIONS)
-        killed = folder / "killed"
-        runner.interrupted(recipe, folder, killed, *OPTIONS, module=recipe, name="evaluate")
+
+
+def killed(rank: int, folder: Path) -> None:
+    with runner.imported(rank, 2) as recipe:
+        output = folder / "killed"
+        runner.interrupted(recipe, folder, output, *OPTIONS, module=recipe, name="evaluate")
 
 
 def test_a_killed_run_ends_like_an_uninterrupted_one(
     start_ranks: Callable[[int], Ranks], tmp_path: Path
 ) -> None:
-    runner.write_images(tmp_path)
-    start_ranks(2).run(trainings, [tmp_path] * 2)
-    whole = runner.checkpoint(tmp_path / "whole")
-    assert whole["epoch"] == 2
-    first, second = whole["ranks"]
+    runner.write_images(tmp_path, train=8)
+    for work in (whole, killed):
+        start_ranks(2).run(work, [tmp_path] * 2)
+    content = runner.checkpoint(tmp_path / "whole")
+    assert content["epoch"] == 2
+    first, second = content["ranks"]
     weights = [own["criterion"]["prototypes.weight"] for own in (first, second)]
     assert torch.equal(*weights)
     queues = [own["criterion"]["queue.features"] for own in (first, second)]
     assert not torch.equal(*queues)  # of different images
-    assert [own["criterion"]["queue.valid"].sum() for own in (first, second)] == [32, 32]
-    runner.assert_same(whole, runner.checkpoint(tmp_path / "killed"))
+    assert [own["criterion"]["queue.valid"].sum() for own in (first, second)] == [16, 16]
+    runner.assert_same(content, runner.checkpoint(tmp_path / "killed"))
 
 
 def fsdp2(rank: int, checkpoint: str) -> tuple[float, bool, float]:
