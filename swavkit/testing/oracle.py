@@ -146,7 +146,7 @@ def swapped_loss(
 def swapped_loss_gradient(scores: Array, codes: Array, temperature: float) -> Array:
     """Return the gradient (V, B, K) of the unweighted :func:`swapped_loss` for the scores."""
     views, samples, _ = scores.shape
-    gradient = np.zeros_like(scores)
+    gradient: Array = np.zeros(scores.shape)
     for own in range(len(codes)):
         for view in range(views):
             if view == own:
@@ -156,4 +156,5 @@ def swapped_loss_gradient(scores: Array, codes: Array, temperature: float) -> Ar
                 prediction = np.exp(logits - log_sum_exp(logits))
                 code = codes[own, sample]
                 gradient[view, sample] += code.sum() * prediction - code
-    return gradient / (temperature * samples * len(codes) * (views - 1))
+    gradient /= temperature * samples * len(codes) * (views - 1)
+    return gradient
