@@ -50,7 +50,8 @@ def reals(*shape: int, low: float = -1.0, high: float = 1.0) -> SearchStrategy[A
     from hypothesis import strategies as st
     from hypothesis.extra.numpy import arrays
 
-    return arrays(np.float32, shape, elements=st.floats(low, high, width=32)).map(np.float64)
+    elements = st.floats(low, high, width=32)
+    return arrays(np.float32, shape, elements=elements).map(lambda found: found.astype(np.float64))
 
 
 def weights(count: int) -> SearchStrategy[Array]:
