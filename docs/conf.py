@@ -41,12 +41,12 @@ copybutton_prompt_is_regexp = True
 nitpicky = True
 nitpick_ignore_regex = [
     # No inventory of another project is fetched, so that the build needs no network.
-    ("py:.*", r"(torch|nn|typing|collections|os)\..*"),
+    ("py:.*", r"(torch|nn|numpy|typing|collections|os)\..*"),
     ("py:.*", r"swavkit\.(.*\.)?_\w+(\..*)?"),  # a private type in an annotation
     ("py:.*", r"(Weights|swavkit\.multicrop\.image_input\.PILImage)"),
     (
         "py:.*",
-        r"(Tensor|ProcessGroup|StorageReader|Sequence|Callable|Any|Literal|optional|np\..*|Generator|Figure)",
+        r"(Tensor|ProcessGroup|StorageReader|Sequence|Callable|Any|Literal|optional|np\..*|Generator|Figure|Array|SearchStrategy)",
     ),
 ]
 

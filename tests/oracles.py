@@ -1,6 +1,7 @@
 """Every equation in float64 NumPy, as plain loops, from the paper and not from the package.
 
-Nothing here imports swavkit. Where the equations would overflow, sums of exponentials are taken by
+Those for users' own tests stand in ``swavkit.testing.oracle``, which imports nothing else of the
+package, nor does this file. Where the equations would overflow, sums of exponentials are taken by
 their logarithm; there is no other cleverness.
 """
 
@@ -10,45 +11,14 @@ import math
 
 import numpy as np
 
-
-def log_sum_exp(values: np.ndarray) -> float:
-    """Return log Σ exp(values) of a vector; -inf for an empty one."""
-    largest = values.max(initial=-np.inf)
-    if largest == -np.inf:
-        return -np.inf
-    return float(largest + np.log(np.sum(np.exp(values - largest))))
-
-
-def sinkhorn(
-    scores: np.ndarray,
-    epsilon: float,
-    iterations: int,
-    sample_weight: np.ndarray | None = None,
-    prototype_weight: np.ndarray | None = None,
-) -> np.ndarray:
-    """Return the codes of (B, K) scores.
-
-    In each iteration every prototype's column is scaled to its mass, then every sample's row to its
-    own. A sample of weight 0 is in no column sum.
-    """
-    samples, prototypes = scores.shape
-    weight = np.ones(samples) if sample_weight is None else np.asarray(sample_weight, float)
-    mass = np.ones(prototypes) if prototype_weight is None else np.asarray(prototype_weight, float)
-    mass = mass / mass.sum()
-    present = weight > 0
-    log_plan = np.asarray(scores, np.float64) / epsilon
-    with np.errstate(divide="ignore"):
-        log_weight, log_mass = np.log(weight), np.log(mass)
-    for _ in range(iterations):
-        for j in range(prototypes):
-            if mass[j] == 0:
-                log_plan[:, j] = -np.inf
-                continue
-            column = log_weight[present] + log_plan[present, j]
-            log_plan[:, j] += log_mass[j] - log_sum_exp(column)
-        for i in range(samples):
-            log_plan[i] -= log_sum_exp(log_plan[i])
-    return np.exp(log_plan)
+from swavkit.testing.oracle import (  # noqa: F401
+    log_sum_exp,
+    marginal_error,
+    unit_rows,
+)
+from swavkit.testing.oracle import sinkhorn_codes as sinkhorn
+from swavkit.testing.oracle import swapped_loss as loss
+from swavkit.testing.oracle import swapped_loss_gradient as loss_gradient  # noqa: F401
 
 
 def relaxed_sinkhorn(
@@ -83,68 +53,6 @@ def relaxed_sinkhorn(
         for i in range(samples):
             g[i] = -log_sum_exp(exponents[i] + f)
     return np.exp(exponents + f + g[:, None])
-
-
-def marginal_error(
-    codes: np.ndarray,
-    sample_weight: np.ndarray | None = None,
-    prototype_weight: np.ndarray | None = None,
-) -> float:
-    """Return how far the most or least used prototype is from its mass, relatively."""
-    samples, prototypes = codes.shape
-    weight = np.ones(samples) if sample_weight is None else np.asarray(sample_weight, float)
-    mass = np.ones(prototypes) if prototype_weight is None else np.asarray(prototype_weight, float)
-    present = weight > 0
-    errors = []
-    for j in range(prototypes):
-        used = np.sum(weight[present] * codes[present, j])
-        wanted = mass[j] / mass.sum() * weight.sum()
-        if wanted == 0:
-            errors.append(0.0 if used == 0 else np.inf)
-        else:
-            errors.append(abs(used / wanted - 1))
-    return float(np.max(errors))
-
-
-def loss(
-    scores: np.ndarray,
-    codes: np.ndarray,
-    temperature: float,
-    sample_weight: np.ndarray | None = None,
-) -> float:
-    """Return the mean cross-entropy over code views, other views and (weighted) samples."""
-    views, samples, _ = scores.shape
-    weight = np.ones(samples) if sample_weight is None else np.asarray(sample_weight, float)
-    if weight.sum() == 0:
-        return 0.0
-    total = 0.0
-    for own in range(len(codes)):
-        for view in range(views):
-            if view == own:
-                continue
-            for sample in np.flatnonzero(weight):
-                logits = scores[view, sample] / temperature
-                log_prediction = logits - log_sum_exp(logits)
-                code = codes[own, sample]
-                used = code != 0  # 0 · log 0 is 0
-                total -= weight[sample] * float(np.sum(code[used] * log_prediction[used]))
-    return total / (weight.sum() * len(codes) * (views - 1))
-
-
-def loss_gradient(scores: np.ndarray, codes: np.ndarray, temperature: float) -> np.ndarray:
-    """Return ∂L/∂scores, (V, B, K)."""
-    views, samples, _ = scores.shape
-    gradient = np.zeros_like(scores)
-    for own in range(len(codes)):
-        for view in range(views):
-            if view == own:
-                continue
-            for sample in range(samples):
-                logits = scores[view, sample] / temperature
-                prediction = np.exp(logits - log_sum_exp(logits))
-                code = codes[own, sample]
-                gradient[view, sample] += code.sum() * prediction - code
-    return gradient / (temperature * samples * len(codes) * (views - 1))
 
 
 def code_prediction_errors(
@@ -284,15 +192,6 @@ def num_duplicates(prototypes: np.ndarray) -> int:
         others = [other for other in range(len(unit)) if other != index]
         count += any(float(unit[index] @ unit[other]) > 0.99 for other in others)
     return count
-
-
-def unit_rows(rows: np.ndarray) -> np.ndarray:
-    """Return (N, D) rows of length 1; a zero row stays zero."""
-    result = np.zeros_like(rows, dtype=np.float64)
-    for index, row in enumerate(np.asarray(rows, np.float64)):
-        length = math.sqrt(math.fsum(row * row))
-        result[index] = row / length if length else row
-    return result
 
 
 def cosines(features: np.ndarray, prototypes: np.ndarray) -> np.ndarray:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+
+from swavkit.testing import (  # noqa: F401
+    CodesProblem,
+    LossProblem,
+    codes_problems,
+    loss_problems,
+    reals,
+)
 
 epsilons = st.sampled_from([0.02, 0.05, 0.2, 1.0])
 iterations = st.integers(1, 12)
@@ -14,32 +22,10 @@ seeds = st.integers(0, 2**16)
 
 
 @dataclass(frozen=True)
-class CodesProblem:
-    """Scores (B, K) of cosines, and the settings of Sinkhorn-Knopp."""
-
-    scores: np.ndarray
-    epsilon: float
-    iterations: int
-
-    def with_scores(self, scores: np.ndarray) -> CodesProblem:
-        """Return the problem with other scores."""
-        return replace(self, scores=scores)
-
-
-@dataclass(frozen=True)
 class KnownCodes(CodesProblem):
     """A problem with the codes that it must have."""
 
     codes: np.ndarray
-
-
-@dataclass(frozen=True)
-class LossProblem:
-    """Scores (V, B, K) and codes (A, B, K), whose rows need not sum to 1."""
-
-    scores: np.ndarray
-    codes: np.ndarray
-    temperature: float
 
 
 @dataclass(frozen=True)
@@ -54,19 +40,6 @@ class PredictionProblem:
     def places(self) -> tuple[int, ...]:
         """The leading dimensions."""
         return self.scores.shape[:-1]
-
-
-def reals(*shape: int, low: float = -1.0, high: float = 1.0) -> st.SearchStrategy[np.ndarray]:
-    """Return arrays of numbers that float32 holds exactly, so that no rounding of input counts."""
-    return arrays(np.float32, shape, elements=st.floats(low, high, width=32)).map(np.float64)
-
-
-@st.composite
-def codes_problems(
-    draw: st.DrawFn, iterations: st.SearchStrategy[int] = iterations
-) -> CodesProblem:
-    shape = draw(st.tuples(st.integers(1, 9), st.integers(1, 7)))
-    return CodesProblem(draw(reals(*shape)), draw(epsilons), draw(iterations))
 
 
 @st.composite
@@ -97,18 +70,6 @@ def converged_two_by_two(draw: st.DrawFn) -> KnownCodes:
     agree = 1 / (1 + np.exp(-difference / (2 * epsilon)))
     codes = np.array([[agree, 1 - agree], [1 - agree, agree]])
     return KnownCodes(scores, epsilon, 300, codes)
-
-
-@st.composite
-def loss_problems(draw: st.DrawFn) -> LossProblem:
-    views = draw(st.integers(2, 5))
-    samples, prototypes = draw(st.tuples(st.integers(1, 5), st.integers(1, 6)))
-    code_views = draw(st.integers(1, views))
-    return LossProblem(
-        draw(reals(views, samples, prototypes)),
-        draw(reals(code_views, samples, prototypes, low=0.0)),
-        draw(st.sampled_from([0.05, 0.1, 1.0])),
-    )
 
 
 @st.composite

@@ -161,7 +161,20 @@ def test_a_file_imports_no_more_than_the_core_dependencies(file: str) -> None:
         roots -= {"triton"}
     if file == "monitor/plot":  # of the extra "plot"
         roots -= {"matplotlib"}
+    if file == "testing/strategies":  # of the extra "testing"
+        roots -= {"hypothesis"}
     assert roots <= {"swavkit", "torch", "numpy", *sys.stdlib_module_names}
+
+
+def test_the_oracle_shares_nothing_with_the_package() -> None:
+    assert imports(syntax_of("testing/oracle")) <= {
+        "__future__",
+        "__future__.annotations",
+        "math",
+        "numpy",
+        "typing",
+        "typing.Any",
+    }
 
 
 @EACH_FILE
