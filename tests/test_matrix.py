@@ -1,0 +1,71 @@
+"""The matrix: each component, device, dtype and mode, against the float64 oracle.
+
+``tests/matrix.py`` says which cells there are, and ``--matrix FILE`` writes their outcomes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from tests import tolerances
+from tests.matrix import CELLS, COMPONENTS, Case, Cell, Mode, arrays
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("component", "dtype", "mode"), CELLS, ids=str)
+def test_a_cell_of_the_matrix(
+    device: torch.device, component: str, dtype: torch.dtype, mode: Mode
+) -> None:
+    forward = mode.direction == "forward"
+    cell, case, results = run(component, device, dtype, mode[:2], not forward)
+    if forward:
+        assert not any(result.requires_grad for result in results)
+        assert_close(results, case.expected, case.dtype, case.atol or tolerances.ATOL[case.dtype])
+        return
+    upstream = [torch.sign(result.detach() + 0.01) for result in results]
+    with cell.autocast if mode.direction == "backward inside" else nullcontext():
+        found = torch.autograd.grad(results, case.leaves, upstream, retain_graph=True)
+    rounded = {dtype, cell.products} if case.products else {dtype}
+    atol = 4 * max(tolerances.ATOL[each] for each in rounded)
+    assert_close(found, case.gradients(arrays(*upstream)), dtype, atol)
+
+
+@lru_cache(maxsize=1)  # both backward passes are those of one forward pass
+def run(
+    component: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    how: tuple[str, str],
+    differentiable: bool,
+) -> tuple[Cell, Case, list[Tensor]]:
+    """Return the results of a component, with their graph if they are to be differentiated."""
+    execution, context = how
+    cell = Cell(device, dtype, context)
+    case = COMPONENTS[component](cell)
+    call = case.call
+    if execution == "compiled":
+        torch._dynamo.reset()
+        call = torch.compile(call, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(0)
+    with torch.set_grad_enabled(differentiable), cell.autocast:
+        returned = call(*case.inputs)
+        return cell, case, tree_leaves(returned) if case.read is None else list(case.read())
+
+
+def assert_close(
+    found: Sequence[Tensor], expected: Sequence[Any], dtype: torch.dtype, atol: float
+) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        largest = max(1.0, float(np.abs(other).max()))
+        np.testing.assert_allclose(*arrays(one), other, rtol=0, atol=atol * largest)
