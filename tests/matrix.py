@@ -45,7 +45,7 @@ class Mode(NamedTuple):
 
     execution: str  # "eager", or "compiled" into one graph
     context: str  # "plain", or under "autocast"
-    direction: str  # "forward" without a gradient, "backward", or "backward inside" autocast
+    direction: str  # "forward", "backward", or "backward inside" autocast
 
     def __str__(self) -> str:
         return " ".join(self)
@@ -341,9 +341,7 @@ COMPONENTS: dict[str, Callable[[Cell], Case]] = {
     "CodePredictionLoss": code_prediction,
     "SwAVLoss full": lambda cell: whole_loss(cell, "full"),
     "SwAVLoss streamed": lambda cell: whole_loss(cell, "streamed"),
-    "SwAVLoss full with a queue": lambda cell: whole_loss(cell, "full", SLOTS),
-    "SwAVLoss streamed with a queue": lambda cell: whole_loss(cell, "streamed", SLOTS),
-    "SwAVLoss auto with a queue": lambda cell: whole_loss(cell, "auto", SLOTS),
+    "SwAVLoss with a queue": lambda cell: whole_loss(cell, "auto", SLOTS),
     **FORWARD_ONLY,
 }
 CELLS = [
