@@ -140,7 +140,12 @@ def crops(cell: Cell) -> Case:
     ]
     (pixels,) = arrays(images)
     expected = [
-        np.stack([image_oracles.resized_box(*each, group.size) for each in zip(pixels, of_crop)])
+        np.stack(
+            [
+                image_oracles.resized_box(*each, group.size)
+                for each in zip(pixels, of_crop, strict=True)
+            ]
+        )
         for group, of_crop in zip(GROUPS, boxes, strict=True)
     ]
 

@@ -307,11 +307,8 @@ def cosine_gradients(
 
     No row is zero.
     """
-    unit, directions, cosine = (
-        unit_rows(features),
-        unit_rows(prototypes),
-        cosines(features, prototypes),
-    )
+    unit, directions = unit_rows(features), unit_rows(prototypes)
+    cosine = cosines(features, prototypes)
     of_features, of_prototypes = np.zeros(features.shape), np.zeros(prototypes.shape)
     for n, k in np.ndindex(gradient.shape):
         across = directions[k] - cosine[n, k] * unit[n]

@@ -1,16 +1,23 @@
-"""A plugin of pytest: a test that skips for a reason that is not listed here fails."""
+"""A plugin of pytest: a test that skips for a reason that is not listed here fails.
+
+A test that is for some of its parameters only is not made for the others.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Generator
+from typing import Any
 
 import pytest
 
-MODULES = "geomloss|kornia|matplotlib|POT|resource|SciPy|setuptools 77|the docs extra|timm|torchvision|triton"
+OPTIONAL = (
+    "geomloss|kornia|matplotlib|POT|resource|SciPy|setuptools 77|timm|torchvision|triton"
+    "|the docs extra"
+)
 ALLOWED = re.compile(
     "there is no CUDA device"
-    f"|({MODULES}) is not installed"
+    f"|({OPTIONAL}) is not installed"
     # of Triton's interpreter, which takes a process of its own
     "|TRITON_INTERPRET=1 runs the kernels on the CPU, and only there"
     "|random problems are for the interpreter"
@@ -38,7 +45,7 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     return checked((yield))
 
 
-def checked(report):
+def checked(report: Any) -> Any:
     """Return the report of a test or a file, as one of a failure if it may not skip."""
     if report.skipped and not is_allowed(report.nodeid, report.longrepr[2]):
         report.outcome = "failed"

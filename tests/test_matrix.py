@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,6 +67,27 @@ def run(
     with torch.set_grad_enabled(gradient), cell.autocast:
         returned = call(*case.inputs)
         return cell, case, tree_leaves(returned) if case.read is None else list(case.read())
+
+
+def test_the_file_of_the_docs_holds_every_cell() -> None:
+    path = Path(__file__).resolve().parent.parent / "docs" / "matrix.json"
+    file = json.loads(path.read_text(encoding="utf-8"))
+    outcomes = {
+        (component, device, dtype, mode): outcome
+        for component, of_devices in file["cells"].items()
+        for device, of_dtypes in of_devices.items()
+        for dtype, of_modes in of_dtypes.items()
+        for mode, outcome in of_modes.items()
+    }
+    cells = [
+        (component, str(dtype).removeprefix("torch."), str(mode))
+        for component, dtype, mode in CELLS
+    ]
+    expected = {(each[0], device, *each[1:]) for each in cells for device in ("cpu", "cuda")}
+    assert outcomes.keys() == expected
+    of_cuda = "passed" if file["devices"]["cuda"] else "skipped: there is no CUDA device"
+    for (_, device, *_), outcome in outcomes.items():
+        assert outcome == ("passed" if device == "cpu" else of_cuda)
 
 
 def assert_close(
