@@ -79,25 +79,17 @@ class Cell:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, context: str = "plain") -> None:
         self.device, self.dtype = device, dtype
-        self.halves = (torch.float16, torch.bfloat16)
-        self.autocast = torch.autocast(
-            device.type,
-            dtype=dtype if dtype in self.halves else torch.bfloat16,
-            enabled=context == "autocast",
-        )
+        of_autocast = torch.float16 if dtype == torch.float16 else torch.bfloat16
+        enabled = context == "autocast"
+        self.autocast = torch.autocast(device.type, dtype=of_autocast, enabled=enabled)
+        # The dtype of products of features and prototypes, as ``nn.Linear`` has it.
+        self.products = of_autocast if enabled and dtype != torch.float64 else dtype
         self.random = np.random.default_rng(0)
 
     @property
     def sums(self) -> torch.dtype:
         """The dtype of losses and statistics."""
         return torch.promote_types(self.dtype, torch.float32)
-
-    @property
-    def products(self) -> torch.dtype:
-        """The dtype of products of features and prototypes, as ``nn.Linear`` has it."""
-        if self.dtype == torch.float64 or not self.autocast._enabled:
-            return self.dtype
-        return self.autocast.fast_dtype
 
     def tensor(self, values: np.ndarray) -> Tensor:
         tensor = torch.tensor(values, device=self.device, dtype=self.dtype)
