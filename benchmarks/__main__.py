@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif name == bench_multicrop.NAME:
             report[name] = bench_multicrop.run(options.output, quick=options.quick, device=device)
         elif name == bench_device.NAME:
-            report[name] = bench_device.run(quick=options.quick)
+            report[name] = bench_device.run(options.output, quick=options.quick)
         elif name == RANKS:
             report[RANKS] = share(quick=options.quick)
         else:

@@ -36,12 +36,15 @@ TOLERANCE = 1e-4  # of parameters after some steps
 Row = dict[str, Any]
 
 
-def run(*, quick: bool) -> dict[str, Any]:
-    """Run and print everything, and return the results as plain values."""
+def run(output: Path, *, quick: bool) -> dict[str, Any]:
+    """Run and print everything, and return the results as plain values.
+
+    The outcomes of the matrix of tests are written to ``matrix.json`` in the folder ``output``.
+    """
     if not torch.cuda.is_available():
         print(f"{NAME}: there is no CUDA device: left out")
         return {}
-    tests = {} if quick else marked_tests()
+    tests = {} if quick else marked_tests(output)
     checks = {name: outcome(check) for name, check in CHECKS.items()}
     print(f"{NAME}: {tests.get('summary', 'tests not run')}")
     for name, result in checks.items():
@@ -53,10 +56,12 @@ def run(*, quick: bool) -> dict[str, Any]:
     return {"tests": tests, "checks": checks, "steps": steps}
 
 
-def marked_tests() -> Row:
-    """Run the tests that need a device, in as many processes as there are cores, up to 14."""
+def marked_tests(output: Path) -> Row:
+    """Run the tests that need a device and the matrix, in a process per core, up to 14."""
+    output.mkdir(parents=True, exist_ok=True)
     processes = min(os.cpu_count() or 1, 14)
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", f"--numprocesses={processes}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda or matrix"]
+    command += [f"--numprocesses={processes}", "--matrix", str(output.resolve() / "matrix.json")]
     command += ["-p", "no:benchmark", "-p", "no:cacheprovider", "tests"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

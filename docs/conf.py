@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from pathlib import Path
+
 import math_core
 from docutils import nodes
+from docutils.parsers.rst.directives.tables import CSVTable
+from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.writers.html5 import HTML5Translator
 
@@ -65,6 +71,34 @@ def _displayed_math(writer: HTML5Translator, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+class MatrixTable(CSVTable):
+    """How many modes of each component, device and dtype passed, by ``matrix.json``."""
+
+    def run(self) -> list[nodes.Node]:
+        path = Path(__file__).with_name("matrix.json")
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        dtypes = ("float16", "bfloat16", "float32", "float64")
+        lines = ["Component," + ",".join(f"{d} {t}" for d in ("CPU", "CUDA") for t in dtypes)]
+        for component, of_devices in cells.items():
+            shown = [
+                _outcome(of_devices.get(device, {}).get(dtype, {}))
+                for device in ("cpu", "cuda")
+                for dtype in dtypes
+            ]
+            lines.append(",".join([component, *shown]))
+        self.options["header-rows"] = 1
+        self.content = StringList(lines, source=str(path))
+        self.state.document.settings.record_dependencies.add(str(path))
+        return super().run()
+
+
+def _outcome(modes: dict[str, str]) -> str:
+    count = Counter(outcome.partition(":")[0] for outcome in modes.values())
+    run = count["passed"] + count["failed"]
+    return f"{count['passed']} of {len(modes)}" if run else "not run"
+
+
 def setup(app: Sphinx) -> None:
     """Render mathematics at build time, so that a page loads nothing from another site."""
+    app.add_directive("matrix", MatrixTable)
     app.add_html_math_renderer("mathml", (_inline_math, None), (_displayed_math, None))

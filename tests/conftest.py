@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import hypothesis
 import pytest
 import torch
+
+from tests import matrix_file, skips
 
 # The same draws in every run, so that a failure is always of the change at hand.
 hypothesis.settings.register_profile("swavkit", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("swavkit")
 
 torch.set_num_threads(1)  # the suite runs in as many processes as there are cores
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--matrix", type=Path, metavar="FILE", help="write the outcomes of tests/test_matrix.py"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # As plugins, and not here, they also see what is outside this folder, such as the docs.
+    config.pluginmanager.register(skips, "skips")
+    path = config.getoption("--matrix")
+    if path and not hasattr(config, "workerinput"):  # only in the process that gets all reports
+        config.pluginmanager.register(matrix_file.Writer(path.resolve()), "matrix")
 
 
 @pytest.fixture(

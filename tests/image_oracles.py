@@ -96,6 +96,19 @@ def resized_box(
     return crop[:, :, ::-1] if mirrored else crop
 
 
+def box_gradient(
+    gradient: np.ndarray, box: Sequence[float], pixels: tuple[int, int, int]
+) -> np.ndarray:
+    """Return the gradient of an image of shape ``pixels``, given that of its bilinear crop."""
+    top, left, height, width, mirrored = (int(number) for number in box)
+    gradient = gradient[:, :, ::-1] if mirrored else gradient
+    of_rows = resize_weights(height, gradient.shape[1])
+    of_columns = resize_weights(width, gradient.shape[2])
+    result = np.zeros(pixels)
+    result[:, top : top + height, left : left + width] = of_rows.T @ gradient @ of_columns
+    return result
+
+
 def nearest_box(mask: np.ndarray, box: Sequence[int], size: tuple[int, int]) -> np.ndarray:
     """Cut (top, left, height, width, mirrored) out of (..., H, W) without mixing pixels."""
     top, left, height, width, mirrored = (int(number) for number in box)

@@ -199,6 +199,24 @@ def cosines(features: np.ndarray, prototypes: np.ndarray) -> np.ndarray:
     return unit_rows(features) @ unit_rows(prototypes).T
 
 
+def cosine_gradients(
+    features: np.ndarray, prototypes: np.ndarray, gradient: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the gradients of (N, D) features and (K, D) prototypes, given that of cosines (N, K).
+
+    No row is zero.
+    """
+    unit, directions = unit_rows(features), unit_rows(prototypes)
+    cosine = cosines(features, prototypes)
+    of_features, of_prototypes = np.zeros(features.shape), np.zeros(prototypes.shape)
+    for n, k in np.ndindex(gradient.shape):
+        across = directions[k] - cosine[n, k] * unit[n]
+        of_features[n] += gradient[n, k] * across / np.linalg.norm(features[n])
+        across = unit[n] - cosine[n, k] * directions[k]
+        of_prototypes[k] += gradient[n, k] * across / np.linalg.norm(prototypes[k])
+    return of_features, of_prototypes
+
+
 class Ring:
     """A queue that takes one sample at a time, each with a feature for every code view."""
 
@@ -233,24 +251,36 @@ def swav_loss(
 
     With a teacher, its features (A, B, D) and prototypes (K, D) give the codes and fill the queue.
     """
-    scores = np.stack([cosines(view, prototypes) for view in features])
     code_features = features[:code_views] if code_features is None else code_features
     code_prototypes = prototypes if code_prototypes is None else code_prototypes
-    samples = features.shape[1]
+    seen = queue if queue_takes_part else None
+    codes = swav_codes(code_features, code_prototypes, epsilon, iterations, seen, prototype_weight)
+    if queue is not None:
+        queue.push(np.stack([unit_rows(view) for view in code_features]))
+    return loss(np.stack([cosines(view, prototypes) for view in features]), codes, temperature)
+
+
+def swav_codes(
+    features: np.ndarray,
+    prototypes: np.ndarray,
+    epsilon: float,
+    iterations: int,
+    queue: Ring | None = None,
+    prototype_weight: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return the codes (A, B, K) of (A, B, D) features, which also see the queue."""
     codes = []
-    for view in range(code_views):
-        rows = [cosines(code_features[view], code_prototypes)]
-        if queue is not None and queue_takes_part:
+    for view, own in enumerate(features):
+        rows = [cosines(own, prototypes)]
+        if queue is not None:
             recent = [slot[view] for slot in queue.slots if slot is not None]
             if recent:
-                rows.append(cosines(np.stack(recent), code_prototypes))
+                rows.append(cosines(np.stack(recent), prototypes))
         found = sinkhorn(
             np.concatenate(rows), epsilon, iterations, prototype_weight=prototype_weight
         )
-        codes.append(found[:samples])
-    if queue is not None:
-        queue.push(np.stack([unit_rows(view) for view in code_features]))
-    return loss(scores, np.stack(codes), temperature)
+        codes.append(found[: len(own)])
+    return np.stack(codes)
 
 
 def cluster_statistics(

@@ -629,7 +629,7 @@ def test_a_criterion_of_another_type_is_refused(criterion: Any) -> None:
 
 
 def drawn(monitor: ClusterMonitor) -> Any:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     figure = monitor.plot()
     figure.canvas.draw()
     return figure
@@ -677,7 +677,7 @@ def test_any_window_can_be_drawn(samples: int) -> None:
 
 
 def test_the_plot_needs_no_display_and_no_pyplot(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     drawn(updated(0, 1))
 

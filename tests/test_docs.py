@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 import swavkit
 from benchmarks.published import published_codes
 from tests import oracles
+from tests.matrix import FORWARD_ONLY
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,6 +90,15 @@ def test_sections_of_prose_are_paragraphs(pages: dict[str, str]) -> None:
     shapes = re.findall(r"<p class=\"rubric\">Shape</p>\n<(\w+)", pages["api"])
     assert shapes == ["p"] * described
     assert described >= 5
+
+
+def test_the_table_of_the_matrix_is_in_the_page(pages: dict[str, str]) -> None:
+    cells = re.findall(r"<td><p>(.+?)</p></td>", pages["start"])
+    for component in json.loads((ROOT / "docs" / "matrix.json").read_text("utf-8"))["cells"]:
+        modes = "4 of 4" if component in FORWARD_ONLY else "10 of 10"
+        row = cells[cells.index(component) :][:9]
+        assert row[1:5] == [modes] * 4
+        assert set(row[5:]) <= {modes, "not run"}
 
 
 def test_code_can_be_copied_and_the_source_read(pages: dict[str, str]) -> None:

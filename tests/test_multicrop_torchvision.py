@@ -20,9 +20,7 @@ from swavkit.multicrop import box_ops, color_ops, photometric
 from tests.image_oracles import random_crops, seeded
 from tests.tolerances import ATOL
 
-pytest.importorskip(
-    "torchvision", reason="torchvision is compared with in an environment of its own"
-)
+pytest.importorskip("torchvision", reason="torchvision is not installed")
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 

@@ -567,7 +567,7 @@ def test_a_learning_rate_of_a_billion_ends_with_status_3(tmp_path: Path, main, c
 
 
 def test_a_folder_without_room_is_told_of_before_the_first_epoch(tmp_path: Path) -> None:
-    resource = pytest.importorskip("resource")
+    resource = pytest.importorskip("resource", reason="resource is not installed")
     process = start(tmp_path / "out", *TINY)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**20, 2**20))  # before it has imported
     _, errors = process.communicate()

@@ -671,16 +671,6 @@ def test_compiles_once_for_frozen_and_free_prototypes(device: torch.device, grad
     assert backend.graphs == 1
 
 
-def test_compiles_with_its_gradient(device: torch.device) -> None:
-    torch._dynamo.reset()
-    layer = layer_of(torch.randn(5, 4, device=device))
-    features = torch.randn(6, 4, device=device)
-    (expected,) = torch.autograd.grad(layer(features).sin().sum(), layer.weight)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    (found,) = torch.autograd.grad(compiled(features).sin().sum(), layer.weight)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-
-
 # Bad input
 
 BAD_SIZES = [

@@ -223,7 +223,7 @@ def files_below(folder: Path, *names: str) -> set[str]:
 
 def test_distributions_hold_every_file(tmp_path: Path) -> None:
     """Also of subpackages: the sdist passes its own tests, and the wheel is the whole package."""
-    pytest.importorskip("setuptools", minversion="77")
+    pytest.importorskip("setuptools", "77", reason="setuptools 77 is not installed")
     tree = tmp_path / "tree"
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns("swavkit", *MADE))
     shutil.copytree(PACKAGE, tree / "swavkit", ignore=shutil.ignore_patterns(*MADE))

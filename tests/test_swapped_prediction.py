@@ -637,16 +637,6 @@ def test_compiles_once_for_changing_values(device: torch.device) -> None:
     assert backend.graphs == 1
 
 
-def test_the_function_compiles_with_its_gradient(device: torch.device) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(swapped_prediction_loss, fullgraph=True, backend="aot_eager")
-    problem = problem_of()
-    scores = torch.tensor(problem.scores, device=device).requires_grad_()
-    compiled(scores, torch.tensor(problem.codes, device=device)).backward()
-    expected = oracles.loss_gradient(problem.scores, problem.codes, 0.1)
-    np.testing.assert_allclose(scores.grad.cpu().numpy(), expected, rtol=0, atol=1e-12)
-
-
 # The module
 
 

@@ -36,7 +36,7 @@ REFUSED = "only 0-dimensional arrays can be converted"
 @pytest.fixture
 def kernels(device: torch.device) -> Iterator[torch.device]:
     """The device on which the kernels run."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="triton is not installed")
     if (device.type == "cpu") != INTERPRETED:
         pytest.skip("TRITON_INTERPRET=1 runs the kernels on the CPU, and only there")
     with np.errstate(all="ignore"):
@@ -196,7 +196,7 @@ def test_results_do_not_differ_from_run_to_run(kernels: torch.device) -> None:
 @settings(max_examples=12)
 @given(st.data())
 def test_any_small_problem_has_the_codes_of_the_oracle(data: st.DataObject) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="triton is not installed")
     if not INTERPRETED:
         pytest.skip("random problems are for the interpreter")
     shape = data.draw(st.tuples(st.integers(1, 2), st.integers(1, 20), st.integers(1, 40)))

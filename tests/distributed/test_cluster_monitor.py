@@ -158,7 +158,7 @@ def diagnosed_and_drawn(rank: int) -> tuple[dict[str, Any], list[float]]:
 
 
 def test_samples_and_curves_are_of_all_ranks(ranks: Ranks) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     window = slice(len(SIZES[0]) - WINDOW, len(SIZES[0]))
     samples = sum(sum(of_rank[window]) for of_rank in SIZES) / WINDOW
     losses = []
