@@ -19,19 +19,20 @@ SETTINGS: dict[str, Any] = {"queue_length": 20, "queue_start": 2, "freeze_steps"
 
 
 def crops_of(samples: int) -> list[Tensor]:
-    return [torch.rand(samples, 1, size, size) for size in (8, 8, 5)]
+    return [torch.rand(samples, 1, size, size, dtype=torch.float64) for size in (8, 8, 5)]
 
 
 class Training(nn.Module):
     """A network, its loss and an optimizer, whose step is a function of tensors alone."""
 
-    def __init__(self, optimizer: str, **settings: Any) -> None:
+    def __init__(self, optimizer: str) -> None:
         super().__init__()
         self.network = nn.Sequential(
-            *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()),
+            *(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU()),
             *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, DIMENSION)),
         )
-        self.criterion = SwAVLoss(DIMENSION, PROTOTYPES, **SETTINGS, **settings)
+        self.criterion = SwAVLoss(DIMENSION, PROTOTYPES, **SETTINGS)
+        self.double()
         self.optimizer = optimizer
         self.trained = list(self.parameters())
         zeros = [torch.zeros_like(parameter) for parameter in self.trained]

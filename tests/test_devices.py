@@ -220,7 +220,7 @@ def whole_loss(
             if weighted:
                 inputs["sample_weight"] = sample_weight
             results: list[Any] = []
-            for mode in (True, True, True, False):  # the queue takes part, and freezing ends
+            for mode in (True, True, False):  # the queue takes part, and freezing ends
                 given = features if mode else list(features)
                 loss, *others = criterion.train(mode)(given, **inputs)
                 parameters = list(criterion.parameters())
@@ -262,7 +262,7 @@ def monitored() -> Part:
 
 
 HEADS = {"sizes": (PROTOTYPES, 3)}
-QUEUE = {"queue_length": 10, "queue_start": 1, "freeze_steps": 2}
+QUEUE = {"queue_length": 10, "queue_start": 1, "freeze_steps": 1}
 PARTS: dict[str, Part] = {
     "transform": transforming("bilinear", whole=True),
     "transform, floating": transforming("bilinear", whole=False),
