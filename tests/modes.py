@@ -11,17 +11,21 @@ from torch.utils._pytree import tree_leaves
 
 
 class RefuseSynchronisation(TorchDispatchMode):
-    """Raises an error at each operation that reads a value of a tensor on the host."""
+    """Raises an error where the host waits for a device: it reads a value, or a copy blocks."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
         if func is torch.ops.aten.index.Tensor:  # a mask has to be counted, integers have not
             waits = any(index is not None and index.dtype == torch.bool for index in args[1])
+        if func is torch.ops.aten._to_copy.default and "device" in kwargs:
+            crosses = torch.device(kwargs["device"]) != args[0].device
+            waits = waits or (crosses and not kwargs.get("non_blocking"))
         if waits:
             raise RuntimeError(f"{func} waits for the device")
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 class RefuseSoftmaxOverRows(TorchDispatchMode):

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swavkit import (
@@ -100,6 +101,38 @@ def test_the_loss_of_scores_has_the_same_gradient_inside_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (found,) = torch.autograd.grad(loss, scores)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("memory", ["full", "streamed"])
+def test_float16_trains_at_the_default_scale_of_a_gradient_scaler(memory: Any) -> None:
+    centers = F.normalize(torch.randn(PROTOTYPES, DIMENSION), dim=1)
+    network = nn.Sequential(
+        nn.Linear(DIMENSION, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, DIMENSION)
+    )
+    criterion = SwAVLoss(
+        DIMENSION, PROTOTYPES, memory=memory, queue_length=32, queue_start=20, freeze_steps=20
+    )
+    parameters = [*network.parameters(), *criterion.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=0.01)
+    scaler = torch.amp.GradScaler("cpu")
+    assert scaler.get_scale() == 2.0**16
+    losses = []
+    for _ in range(200):
+        labels = torch.randint(PROTOTYPES, (32,))
+        crops = centers[labels] + 0.05 * torch.randn(VIEWS, 32, DIMENSION)
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = criterion(multi_crop_forward(network, list(crops)))
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        assert loss.isfinite()
+        assert all(parameter.grad.isfinite().all() for parameter in parameters)
+        scaler.step(optimizer)
+        scaler.update()
+        assert all(parameter.isfinite().all() for parameter in parameters)
+        losses.append(loss.item())
+    assert scaler.get_scale() == 2.0**16  # no step was skipped
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
 
 
 # Any two half precisions
