@@ -56,17 +56,29 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """A small residual encoder, and the projection head that is used in training only."""
+    """A small residual encoder, and the projection head that is used in training only.
 
-    def __init__(self, channels: int, feature_dim: int, width: int = 16) -> None:
+    Args:
+        channels: Of the images.
+        feature_dim: Of the projected features.
+        width: Channels of the first stage; the last has four times as many.
+        depth: Blocks of each stage.
+    """
+
+    def __init__(self, channels: int, feature_dim: int, width: int = 16, depth: int = 1) -> None:
         super().__init__()
+
+        def stage(channels_in: int, channels: int, stride: int) -> list[Block]:
+            more = [Block(channels, channels, stride=1) for _ in range(depth - 1)]
+            return [Block(channels_in, channels, stride), *more]
+
         self.encoder = nn.Sequential(
             nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(),
-            Block(width, width, stride=1),
-            Block(width, 2 * width, stride=2),
-            Block(2 * width, 4 * width, stride=2),
+            *stage(width, width, stride=1),
+            *stage(width, 2 * width, stride=2),
+            *stage(2 * width, 4 * width, stride=2),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )

@@ -92,8 +92,11 @@ class Model(nn.Module):
         return *self.criterion(features, return_statistics=True), features.detach()
 
 
-def prepare(settings: Settings, images: Tensor, code_views: int) -> Training:
-    """Return the initial training state, on the device of the images."""
+def prepare(settings: Settings, images: Tensor, code_views: int, **size: int) -> Training:
+    """Return the initial training state, on the device of the images.
+
+    ``size`` is the width and the depth of the network, if they are not its defaults.
+    """
     criterion = SwAVLoss(
         settings.feature_dim,
         settings.prototypes,
@@ -104,7 +107,7 @@ def prepare(settings: Settings, images: Tensor, code_views: int) -> Training:
         queue_length=-(-settings.queue // processes.SIZE),
         freeze_steps=settings.freeze_steps,
     )
-    network = Network(images.shape[1], settings.feature_dim)
+    network = Network(images.shape[1], settings.feature_dim, **size)
     network.to(images.device, memory_format=torch.channels_last)
     criterion.to(images.device)
     optimizer = torch.optim.AdamW(
