@@ -56,29 +56,17 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """A small residual encoder, and the projection head that is used in training only.
+    """A small residual encoder, and the projection head that is used in training only."""
 
-    Args:
-        channels: Of the images.
-        feature_dim: Of the projected features.
-        width: Channels of the first stage; the last has four times as many.
-        depth: Blocks of each stage.
-    """
-
-    def __init__(self, channels: int, feature_dim: int, width: int = 16, depth: int = 1) -> None:
+    def __init__(self, channels: int, feature_dim: int, width: int = 16) -> None:
         super().__init__()
-
-        def stage(channels_in: int, channels: int, stride: int) -> list[Block]:
-            more = [Block(channels, channels, stride=1) for _ in range(depth - 1)]
-            return [Block(channels_in, channels, stride), *more]
-
         self.encoder = nn.Sequential(
             nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(),
-            *stage(width, width, stride=1),
-            *stage(width, 2 * width, stride=2),
-            *stage(2 * width, 4 * width, stride=2),
+            Block(width, width, stride=1),
+            Block(width, 2 * width, stride=2),
+            Block(2 * width, 4 * width, stride=2),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )
@@ -87,6 +75,36 @@ class Network(nn.Module):
             nn.BatchNorm1d(4 * width),
             nn.ReLU(),
             nn.Linear(4 * width, feature_dim),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(images))
+
+
+class PlainNetwork(nn.Module):
+    """The network of minimal.py, of any width and depth.
+
+    Args:
+        channels: Of the images.
+        feature_dim: Of the projected features.
+        width: Channels of the first stage; the last has four times as many.
+        depth: Convolutions of each stage.
+    """
+
+    def __init__(self, channels: int, feature_dim: int, width: int = 16, depth: int = 1) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for stage in range(3):
+            for place in range(depth):
+                size = 5 if stage == place == 0 else 3
+                new = width * 2**stage
+                stride = 1 if place else 2
+                layers += [nn.Conv2d(channels, new, size, stride, padding=size // 2)]
+                layers += [nn.BatchNorm2d(new), nn.ReLU()]
+                channels = new
+        self.encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.head = nn.Sequential(
+            nn.Linear(16 * width, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, feature_dim)
         )
 
     def forward(self, images: Tensor) -> Tensor:

@@ -92,10 +92,12 @@ class Model(nn.Module):
         return *self.criterion(features, return_statistics=True), features.detach()
 
 
-def prepare(settings: Settings, images: Tensor, code_views: int, **size: int) -> Training:
+def prepare(
+    settings: Settings, images: Tensor, code_views: int, network_of: Callable = Network
+) -> Training:
     """Return the initial training state, on the device of the images.
 
-    ``size`` is the width and the depth of the network, if they are not its defaults.
+    ``network_of`` makes the network from the channels of the images and the number of features.
     """
     criterion = SwAVLoss(
         settings.feature_dim,
@@ -107,7 +109,7 @@ def prepare(settings: Settings, images: Tensor, code_views: int, **size: int) ->
         queue_length=-(-settings.queue // processes.SIZE),
         freeze_steps=settings.freeze_steps,
     )
-    network = Network(images.shape[1], settings.feature_dim, **size)
+    network = network_of(images.shape[1], settings.feature_dim)
     network.to(images.device, memory_format=torch.channels_last)
     criterion.to(images.device)
     optimizer = torch.optim.AdamW(

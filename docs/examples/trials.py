@@ -23,7 +23,7 @@ import simclr
 import torch
 import torch.nn.functional as F
 from checkpoint import write
-from encoder import MEAN, STD, Network, distort_digits, features_of, pixels_of
+from encoder import MEAN, STD, Network, PlainNetwork, distort_digits, features_of, pixels_of
 from evaluation import evaluate, few_of_each_class
 from images import Images, load_images, read_folder
 from settings import Settings
@@ -45,7 +45,6 @@ CROPS = {  # size and area of the full crops, and of the small ones
 }
 PHOTOGRAPHS = ["astronaut", "brick", "camera", "cat", "coffee", "coins", "grass", "gravel"]
 PHOTOGRAPHS += ["hubble_deep_field", "moon", "retina", "rocket"]
-UNTRAINED = ("random", "pixels", "colors")
 LEAST = 100  # drawings of a class; other drawings have no label
 NO_CLASS = "unsorted"  # a folder of drawings of any class
 
@@ -56,7 +55,7 @@ class Job:
 
     data: str = "digits"
     method: str = "swav"
-    epochs: int = 15
+    epochs: int = 12
     small_crops: int = 2
     batch_size: int = 64
     queue: int = 0
@@ -64,7 +63,8 @@ class Job:
     epsilon: float = 0.02
     iterations: int = 3
     codes: str = "soft"  # "hard", "softmax", "prior 0.5" (exponent), "relaxed 0.1" (strength)
-    width: int = 8
+    network: str = "plain"  # or "residual", that of pretrain.py, whose width and depth are fixed
+    width: int = 16
     depth: int = 1
     seed: int = 0
     target: str = ""  # other images on which its trained encoder is evaluated
@@ -207,12 +207,21 @@ def transform_of(job: Job) -> MultiCropTransform:
     """Return the crops of a job: two full ones, and the small ones."""
     size, area, small, small_area = CROPS[job.data]
     digits = job.data == "digits"
-    distort = distort_digits if digits else PhotometricDistortion(other_channels="skip")
+    distort: Callable[[Tensor], Tensor] = distort_digits
+    if not digits:  # images this small are blurred already
+        distort = PhotometricDistortion(blur_probability=0.0, other_channels="skip")
     group = partial(CropGroup, flip=0.0 if digits else 0.5, photometric=distort)
     groups = [group(size, 2, area)]
     if job.small_crops:
         groups.append(group(small, job.small_crops, small_area))
     return MultiCropTransform(groups, mean=MEAN, std=STD)
+
+
+def network_of(job: Job) -> Callable[[int, int], Network | PlainNetwork]:
+    """Return what makes the network from its channels and features."""
+    if job.network == "residual":
+        return Network
+    return partial(PlainNetwork, width=job.width, depth=job.depth)
 
 
 def training_of(job: Job, images: Tensor) -> pretrain.Training:
@@ -225,7 +234,7 @@ def training_of(job: Job, images: Tensor) -> pretrain.Training:
         epsilon=job.epsilon,
         iterations=job.iterations,
     )
-    training = pretrain.prepare(settings, images, 2, width=job.width, depth=job.depth)
+    training = pretrain.prepare(settings, images, 2, network_of(job))
     criterion = training.criterion
     kind, _, strength = job.codes.partition(" ")
     if kind == "softmax":
@@ -238,7 +247,7 @@ def training_of(job: Job, images: Tensor) -> pretrain.Training:
     return training
 
 
-def train_swav(job: Job, images: Images) -> tuple[Network, dict[str, Any]]:
+def train_swav(job: Job, images: Images) -> tuple[nn.Module, dict[str, Any]]:
     """Train with ``SwAVLoss``, and record each epoch."""
     training, transform = training_of(job, images.train), transform_of(job)
     network, criterion, monitor = training.network, training.criterion, training.monitor
@@ -282,7 +291,7 @@ EPOCH_FIGURES = ("loss", "code_entropy", "perplexity", "agreement", "knn")
 
 
 @torch.no_grad()
-def neighbors_in_training(network: Network, images: Images) -> float:
+def neighbors_in_training(network: nn.Module, images: Images) -> float:
     """Return the share of 1,000 training images of the class that most of 5 neighbors have."""
     rows = torch.nonzero(images.train_labels >= 0).flatten()
     rows = rows[torch.linspace(0, len(rows) - 1, min(1000, len(rows))).long()]
@@ -294,10 +303,10 @@ def neighbors_in_training(network: Network, images: Images) -> float:
     return 100 * (votes.argmax(dim=1) == labels).float().mean().item()
 
 
-def train_other(job: Job, images: Images) -> tuple[Network, dict[str, Any]]:
+def train_other(job: Job, images: Images) -> tuple[nn.Module, dict[str, Any]]:
     """Train with one of the other methods, by the loop of its example."""
     transform, channels = transform_of(job), images.train.shape[1]
-    network = Network(channels, 64, width=job.width, depth=job.depth)
+    network = network_of(job)(channels, 64)
     options = argparse.Namespace(epochs=job.epochs, batch_size=job.batch_size)
     if job.method == "simclr":
         losses = simclr.train(network, transform, images.train, **vars(options))
@@ -311,13 +320,13 @@ def train_other(job: Job, images: Images) -> tuple[Network, dict[str, Any]]:
     return network, {"losses": losses}
 
 
-def train_supervised(job: Job, images: Images) -> tuple[Network, dict[str, Any]]:
+def train_supervised(job: Job, images: Images) -> tuple[nn.Module, dict[str, Any]]:
     """Train on labels, all or 10 of each class, with one full crop and the steps of the others."""
     rows = torch.nonzero(images.train_labels >= 0).flatten()
     if job.method == "supervised10":
         rows = rows[few_of_each_class(images.train_labels[rows].numpy(), job.seed)]
     transform = transform_of(dataclasses.replace(job, small_crops=0))
-    network = Network(images.train.shape[1], len(images.classes), job.width, job.depth)
+    network = network_of(job)(images.train.shape[1], len(images.classes))
     steps = job.epochs * (len(images.train) // job.batch_size)
     optimizer = torch.optim.AdamW(network.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
@@ -352,7 +361,7 @@ def run(job: Job, folder: Path, load_: Callable[[str], Images]) -> dict[str, Any
     else:
         images = load_(job.data)
         if job.target:
-            network = Network(images.train.shape[1], 64, job.width, job.depth)
+            network = network_of(job)(images.train.shape[1], 64)
             state = torch.load(folder / f"{dataclasses.replace(job, target='').name}.pt")
             network.encoder.load_state_dict(state)
         elif job.method == "random":
