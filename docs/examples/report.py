@@ -187,7 +187,7 @@ def documents(
     claims: list[Claim],
     seeds_of: SeedsOf,
 ) -> dict[Path, str]:
-    """Return the page and the README with the tables of these results."""
+    """Return the page, and the README if its trainings were run, with the tables."""
     results: Results = content["jobs"]
     tables = {
         name: list_table(rows_of(experiment, results, seeds_of))
@@ -202,17 +202,17 @@ def documents(
     page = PAGE.read_text("utf-8")
     for name, table in tables.items():
         page, count = re.subn(
-            rf"(?s)(\.\. {name} begins\n\n).*?(\n\n\.\. {name} ends)",
-            lambda match, table=table: match[1] + table + match[2],
+            rf"(?s)(\.\. {name} begins\n\n).*?(\.\. {name} ends)",
+            lambda match, table=table: f"{match[1]}{table}\n\n{match[2]}",
             page,
         )
         assert count == 1, name
-    readme = re.sub(
-        r"(?m)^\| \| linear probe, .*\n(\|.*\n)+",
-        readme_table(experiments["readme"], results, seeds_of) + "\n",
-        README.read_text("utf-8"),
-    )
-    return {PAGE: page, README: readme}
+    changed = {PAGE: page}
+    table = readme_table(experiments["readme"], results, seeds_of)
+    if NOT_RUN not in table:
+        before = README.read_text("utf-8")
+        changed[README] = re.sub(r"(?m)^\| \| linear probe, .*\n(\|.*\n)+", f"{table}\n", before)
+    return changed
 
 
 # Plots

@@ -40,7 +40,7 @@ from swavkit import (
 
 CROPS = {  # size and area of the full crops, and of the small ones
     "digits": (28, (0.7, 1.0), 20, (0.5, 0.9)),
-    "drawings": (32, (0.3, 1.0), 20, (0.1, 0.4)),
+    "drawings": (32, (0.5, 1.0), 20, (0.3, 0.7)),
     "patches": (32, (0.3, 1.0), 20, (0.1, 0.4)),
 }
 PHOTOGRAPHS = ["astronaut", "brick", "camera", "cat", "coffee", "coins", "grass", "gravel"]
