@@ -111,8 +111,6 @@ KINDS = [
     "patches-random-*",
     "drawings-swav-*-codesprior0.5",
     "drawings-swav-*-codesrelaxed0.1",
-    "drawings-swav-*-codeshard",
-    "drawings-supervised-*",
     "drawings-colors-*",
     "digits-swav-*-targetdrawings",
 ]
@@ -122,6 +120,8 @@ def test_a_job_of_each_kind_is_interrupted_and_resumed(
     evidence, trials, report, drawings, tmp_path, monkeypatch, capsys
 ) -> None:
     arguments = ["--quick", "--output", str(tmp_path), "--drawings", str(drawings), "--only"]
+    monkeypatch.setattr(importlib.import_module("evaluation"), "STRENGTHS", (10.0,))
+    monkeypatch.setattr(importlib.import_module("evaluation"), "DRAWS", 1)
     run, count = evidence.run, 0
 
     def interrupted(*parts):
