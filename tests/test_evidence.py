@@ -35,7 +35,7 @@ def report(evidence) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two folders of 110 images, one of 3, copies within and between folders, and a broken one."""
+    """Two folders of 110 images and one of few, copies within and between them, a broken file."""
     root = tmp_path_factory.mktemp("drawings")
     generator = np.random.default_rng(0)
     for folder, count in {"cats": 110, "dogs": 110, "few": 3}.items():
@@ -45,8 +45,9 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(pixels).resize((40, 40), 0).save(root / folder / f"{number}.png")
     for link, of in {"cats/copy": "cats/0", "dogs/cat": "cats/1", "few/cat": "cats/1"}.items():
         (root / f"{link}.png").symlink_to(root / f"{of}.png")
-    with Image.open(root / "cats/2.png") as image:
-        image.point(lambda value: value // 2).save(root / "few" / "darker.png")
+    for number in range(10, 20):  # other drawings of the same shape
+        with Image.open(root / "cats" / f"{number}.png") as image:
+            image.point(lambda value: value // 2).save(root / "few" / f"darker{number}.png")
     (root / "dogs" / "broken.png").write_bytes(b"")
     return root
 
@@ -62,9 +63,9 @@ def test_copies_of_drawings_count_once_and_no_shape_is_on_both_sides(
     assert images.classes == ["cats", "dogs"]
     each = 15 if validation else 40
     assert images.held_out_labels.tolist() == [0] * each + [1] * each
-    assert len(images.train) == 223 + 1 - 2 * 55  # a darker one is another drawing
-    # Cat 1 is in three folders, and the four of "few" are not enough for a class.
-    assert (images.train_labels == -1).sum() == 1 + 4
+    assert len(images.train) == 223 + 10 - 2 * 55  # a darker one is another drawing
+    # Cat 1 is in three folders, and those of "few" are not enough for a class.
+    assert (images.train_labels == -1).sum() == 1 + 3 + 10
     sides = []
     for side in (images.train, images.held_out):
         coarse = side.numpy().astype(float).mean(axis=1).reshape(-1, 8, 4, 8, 4).mean(axis=(2, 4))
