@@ -189,7 +189,7 @@ def test_the_tables_are_those_of_the_result_file(evidence, report) -> None:
 
 def results_of(job, values: list[float]) -> dict:
     return {
-        replace(job, seed=seed).name: {"accuracies": {"linear": value}}
+        replace(job, seed=seed).name: {"accuracies": {"linear_10": value}}
         for seed, value in enumerate(values)
     }
 

@@ -175,7 +175,7 @@ class Claim:
     published: str  # figures of the paper and of its authors
     better: Job
     worse: Job
-    column: str = "linear"
+    column: str = "linear_10"  # all labels leave little room on digits
 
 
 CROPS = EXPERIMENTS["crops"].rows
