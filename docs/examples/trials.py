@@ -355,6 +355,7 @@ def train_supervised(job: Job, images: Images) -> tuple[nn.Module, dict[str, Any
 
 def run(job: Job, folder: Path, load_: Callable[[str], Images]) -> dict[str, Any]:
     """Train and evaluate; keep the encoder and the results in ``folder``; return the results."""
+    images = load_(job.data)
     started, used = time.perf_counter(), time.process_time()
     torch.manual_seed(job.seed)
     results: dict[str, Any] = {}
@@ -362,17 +363,7 @@ def run(job: Job, folder: Path, load_: Callable[[str], Images]) -> dict[str, Any
     if job.method in ("pixels", "colors"):
         represent = pixels_of if job.method == "pixels" else colors_of
     else:
-        images = load_(job.data)
-        if job.target:
-            network = network_of(job)(images.train.shape[1], 64)
-            state = torch.load(folder / f"{dataclasses.replace(job, target='').name}.pt")
-            network.encoder.load_state_dict(state)
-        elif job.method == "random":
-            network = training_of(job, images.train).network
-        else:
-            trains = {"swav": train_swav, "supervised": train_supervised}
-            trains["supervised10"] = train_supervised
-            network, results = trains.get(job.method, train_other)(job, images)
+        network, results = trained_network(job, images, folder)
         encoder = network.encoder.eval()
         represent = partial(features_of, lambda batch: encoder(in_channels(batch, encoder)))
     trained, training_used = time.perf_counter(), time.process_time()
@@ -402,6 +393,19 @@ def run(job: Job, folder: Path, load_: Callable[[str], Images]) -> dict[str, Any
         write(output, f"{job.name}.pt", state.getvalue())
     write(output, f"{job.name}.json", (json.dumps(results) + "\n").encode())
     return results
+
+
+def trained_network(job: Job, images: Images, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the network of a job, and the records of its training."""
+    if job.target:
+        network = network_of(job)(images.train.shape[1], 64)
+        source = dataclasses.replace(job, target="")
+        network.encoder.load_state_dict(torch.load(folder / f"{source.name}.pt"))
+        return network, {}
+    if job.method == "random":
+        return training_of(job, images.train).network, {}
+    own = {"swav": train_swav, "supervised": train_supervised}
+    return own.get(job.method.removesuffix("10"), train_other)(job, images)
 
 
 def in_channels(batch: Tensor, encoder: nn.Sequential) -> Tensor:
