@@ -271,8 +271,8 @@ def quick(job: Job) -> Job:
 
 
 def few(images: Images) -> Images:
-    """Return up to 400 of the training and 100 of the held-out images."""
-    train = torch.linspace(0, len(images.train) - 1, min(400, len(images.train))).long()
+    """Return up to 256 of the training and 100 of the held-out images."""
+    train = torch.linspace(0, len(images.train) - 1, min(256, len(images.train))).long()
     test = torch.linspace(0, len(images.held_out) - 1, min(100, len(images.held_out))).long()
     return replace(
         images,

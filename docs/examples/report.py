@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from pictures import tidy
+from pictures import BLUE, GREY, RED, tidy
 from PIL import Image
 from trials import EPOCH_FIGURES, Job
 
@@ -223,11 +223,9 @@ def curves(results: Results, bases: dict[str, Job], seeds_of: SeedsOf) -> Figure
     figure = Figure(figsize=(2.6 * len(bases), 8.5), layout="constrained")
     cells = figure.subplots(len(EPOCH_FIGURES), len(bases), squeeze=False, sharex="col")
     for column, (label, base) in enumerate(bases.items()):
-        cells[0, column].set_title(label, fontsize=9)
-        for job in seeds_of(base):
-            result = results.get(job.name)
-            if result is None:
-                continue
+        found = [results[job.name] for job in seeds_of(base) if job.name in results]
+        cells[0, column].set_title(label if found else f"{label}: {NOT_RUN}", fontsize=9)
+        for result in found:
             for row, name in enumerate(EPOCH_FIGURES):
                 values = result["epochs"][name]
                 cells[row, column].plot(range(1, len(values) + 1), values, linewidth=1.2)
@@ -255,12 +253,11 @@ def losses(results: Results, bases: dict[str, Job], seeds_of: SeedsOf) -> Figure
     for axes, (label, base) in zip(
         figure.subplots(1, len(bases), squeeze=False)[0], bases.items(), strict=True
     ):
-        for job in seeds_of(base):
-            result = results.get(job.name)
-            if result is not None:
-                axes.plot(result["losses"], linewidth=0.5)
-        axes.axhline(math.log(base.prototypes), color="#c0392b", linestyle="--", linewidth=1)
-        axes.set_title(label, fontsize=9)
+        found = [results[job.name] for job in seeds_of(base) if job.name in results]
+        for result in found:
+            axes.plot(result["losses"], linewidth=0.5)
+        axes.axhline(math.log(base.prototypes), color=RED, linestyle="--", linewidth=1)
+        axes.set_title(label if found else f"{label}: {NOT_RUN}", fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.set_ylabel("loss, nats; dashed: ln K", fontsize=8)
         axes.tick_params(labelsize=7)
@@ -268,18 +265,21 @@ def losses(results: Results, bases: dict[str, Job], seeds_of: SeedsOf) -> Figure
     return figure
 
 
-def bars(experiment: Experiment, results: Results, column: str, seeds_of: SeedsOf) -> Figure:
-    """Show a column of a table, with the spread over seeds; rows that were not run are empty."""
+def dots(experiment: Experiment, results: Results, column: str, seeds_of: SeedsOf) -> Figure:
+    """Show a column of a table: a line for each seed, and a dot for their mean."""
     figure = Figure(figsize=(6.4, 0.6 + 0.26 * len(experiment.rows)), layout="constrained")
     axes = figure.subplots()
     labels = list(experiment.rows)
     for place, job in enumerate(experiment.rows.values()):
         values = of_seeds(results, job, column, seeds_of)
         if values:
-            axes.barh(place, np.mean(values), color="#2f6db3", height=0.6)
-            axes.plot(values, [place] * len(values), "|", color="black", markersize=8)
+            axes.plot(values, [place] * len(values), "|", color=GREY, markersize=9)
+            axes.plot(np.mean(values), place, "o", color=BLUE, markersize=5)
+        else:
+            labels[place] += f": {NOT_RUN}"
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.grid(axis="y", color="#eeeeee")
     axes.set_xlabel(f"{COLUMNS[column][0]}, %", fontsize=8)
     axes.tick_params(labelsize=8)
     tidy(axes)
@@ -311,8 +311,8 @@ def gather(
     results, pictures = content["jobs"], RESULTS.parent / "images"
     save(curves(results, bases, seeds_of), pictures / "evidence-curves.png")
     save(losses(results, bases, seeds_of), pictures / "evidence-losses.png")
-    crops = bars(experiments["crops"], results, "linear_10", seeds_of)
+    crops = dots(experiments["crops"], results, "linear_10", seeds_of)
     save(crops, pictures / "evidence-crops.png")
-    queues = bars(experiments["batches"], results, "same_codes", seeds_of)
+    queues = dots(experiments["batches"], results, "same_codes", seeds_of)
     save(queues, pictures / "evidence-queues.png")
     print(f"{len(results)} of {len(names)} trainings are in {RESULTS}")
