@@ -19,9 +19,8 @@ from collections.abc import Sequence
 import processes
 import torch
 import torch.nn.functional as F
-from encoder import MEAN, STD, Network, distort_digits
-from methods import begin, end, say_loss
-from settings import Settings, crop_groups
+from encoder import Network
+from methods import begin, crops_of, end, say_loss
 from torch import Tensor, nn
 
 from swavkit import MultiCropTransform, PrototypeLayer, code_prediction_loss, multi_crop_forward
@@ -103,10 +102,14 @@ def first_bank(model: Model, transform: MultiCropTransform, images: Tensor) -> T
     return F.normalize(torch.cat(parts, dim=1), dim=-1)
 
 
-def train(model: Model, images: Tensor, options: argparse.Namespace, targets_of=cluster) -> None:
-    """Train on targets that are computed before each epoch, and print its loss."""
-    groups = crop_groups(Settings(data=options.data), distort_digits)
-    transform = MultiCropTransform(groups, mean=MEAN, std=STD)
+def train(
+    model: Model,
+    transform: MultiCropTransform,
+    images: Tensor,
+    options: argparse.Namespace,
+    targets_of=cluster,
+) -> list[Tensor]:
+    """Train on targets that are computed before each epoch; return the loss of each step."""
     own = images[processes.RANK :: processes.SIZE]
     bank = first_bank(model, transform, own)
     wrapped = processes.averaged(model)
@@ -114,8 +117,9 @@ def train(model: Model, images: Tensor, options: argparse.Namespace, targets_of=
     steps = len(images) // options.batch_size
     total = options.epochs * steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total)
+    losses: list[Tensor] = []
     for epoch in range(options.epochs):
-        targets, losses = targets_of(bank, model.heads), []
+        targets = targets_of(bank, model.heads)
         order = torch.randperm(len(own), device=own.device)
         for rows in order.split(options.batch_size // processes.SIZE)[:steps]:
             features, scores = wrapped(transform(own[rows]))
@@ -126,7 +130,8 @@ def train(model: Model, images: Tensor, options: argparse.Namespace, targets_of=
             schedule.step()
             bank[:, rows] = F.normalize(features[:CODE_VIEWS].detach(), dim=-1)
             losses.append(loss.detach())
-        say_loss(losses, epoch, options)
+        say_loss(losses[-steps:], epoch, options)
+    return losses
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
@@ -135,7 +140,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     model.heads.requires_grad_(False)
     untrained = copy.deepcopy(model.network.encoder).eval()
     torch.manual_seed(options.seed + 10**9 * processes.RANK)  # other crops on each rank
-    train(model, images.train, options)
+    train(model, crops_of(options.data), images.train, options)
     encoders = {"DeepCluster-v2": model.network.encoder.eval(), "a random encoder": untrained}
     return end(encoders, images)
 

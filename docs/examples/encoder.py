@@ -81,6 +81,36 @@ class Network(nn.Module):
         return self.head(self.encoder(images))
 
 
+class PlainNetwork(nn.Module):
+    """The network of minimal.py, of any width and depth.
+
+    Args:
+        channels: Of the images.
+        feature_dim: Of the projected features.
+        width: Channels of the first stage; the last has four times as many.
+        depth: Convolutions of each stage.
+    """
+
+    def __init__(self, channels: int, feature_dim: int, width: int = 16, depth: int = 1) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for stage in range(3):
+            for place in range(depth):
+                size = 5 if stage == place == 0 else 3
+                new = width * 2**stage
+                stride = 1 if place else 2
+                layers += [nn.Conv2d(channels, new, size, stride, padding=size // 2)]
+                layers += [nn.BatchNorm2d(new), nn.ReLU()]
+                channels = new
+        self.encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.head = nn.Sequential(
+            nn.Linear(16 * width, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, feature_dim)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(images))
+
+
 class PatchEncoder(nn.Module):
     """A small vision transformer: a class token, and a token for each patch.
 

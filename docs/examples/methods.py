@@ -8,12 +8,14 @@ from functools import partial
 
 import processes
 import torch
-from encoder import features_of
+from encoder import MEAN, STD, distort_digits, features_of
 from images import Images, load_images
-from settings import DIGIT_DATA, choose_device, flag
+from settings import DIGIT_DATA, Settings, choose_device, crop_groups, flag
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize
 from torch import Tensor
+
+from swavkit import MultiCropTransform
 
 
 def begin(
@@ -54,6 +56,11 @@ def begin(
     processes.join(device)
     torch.manual_seed(options.seed)
     return options, images.to(device)
+
+
+def crops_of(data: str) -> MultiCropTransform:
+    """Return the crops of the digits that are called ``data``."""
+    return MultiCropTransform(crop_groups(Settings(data=data), distort_digits), mean=MEAN, std=STD)
 
 
 def say_loss(losses: list[Tensor], epoch: int, options: argparse.Namespace) -> None:

@@ -92,8 +92,13 @@ class Model(nn.Module):
         return *self.criterion(features, return_statistics=True), features.detach()
 
 
-def prepare(settings: Settings, images: Tensor, code_views: int) -> Training:
-    """Return the initial training state, on the device of the images."""
+def prepare(
+    settings: Settings, images: Tensor, code_views: int, network_of: Callable = Network
+) -> Training:
+    """Return the initial training state, on the device of the images.
+
+    ``network_of`` makes the network from the channels of the images and the number of features.
+    """
     criterion = SwAVLoss(
         settings.feature_dim,
         settings.prototypes,
@@ -104,7 +109,7 @@ def prepare(settings: Settings, images: Tensor, code_views: int) -> Training:
         queue_length=-(-settings.queue // processes.SIZE),
         freeze_steps=settings.freeze_steps,
     )
-    network = Network(images.shape[1], settings.feature_dim)
+    network = network_of(images.shape[1], settings.feature_dim)
     network.to(images.device, memory_format=torch.channels_last)
     criterion.to(images.device)
     optimizer = torch.optim.AdamW(

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import processes
 import torch
 from deepclusterv2 import Model, train
-from methods import begin, end
+from methods import begin, crops_of, end
 from torch import Tensor
 
 from swavkit import PrototypeLayer, sinkhorn_knopp
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     model = Model(images.train.shape[1], options.prototypes).to(images.train.device)
     untrained = copy.deepcopy(model.network.encoder).eval()
     torch.manual_seed(options.seed + 10**9 * processes.RANK)  # other crops on each rank
-    train(model, images.train, options, targets_of=spread)
+    train(model, crops_of(options.data), images.train, options, targets_of=spread)
     return end({"SeLa-v2": model.network.encoder.eval(), "a random encoder": untrained}, images)
 
 

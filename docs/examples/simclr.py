@@ -63,11 +63,10 @@ def multi_crop_nt_xent(features: Tensor, full_crops: int = FULL_CROPS) -> Tensor
     return torch.stack([nt_xent(features[full], features[other]) for full, other in pairs]).mean()
 
 
-def train(network: Network, images: Tensor, *, epochs: int, batch_size: int) -> list[float]:
-    """Train the network and return the loss of each step."""
-    size = images.shape[-1]
+def crops_of_digits(size: int) -> MultiCropTransform:
+    """Return the transform of images of this size."""
     small = max(1, round(0.7 * size))
-    transform = MultiCropTransform(
+    return MultiCropTransform(
         (
             CropGroup(size, FULL_CROPS, (0.7, 1.0), flip=0.0, photometric=distort_digits),
             CropGroup(small, 2, (0.5, 0.9), flip=0.0, photometric=distort_digits),
@@ -75,6 +74,17 @@ def train(network: Network, images: Tensor, *, epochs: int, batch_size: int) -> 
         mean=MEAN,
         std=STD,
     )
+
+
+def train(
+    network: Network,
+    transform: MultiCropTransform,
+    images: Tensor,
+    *,
+    epochs: int,
+    batch_size: int,
+) -> list[float]:
+    """Train the network and return the loss of each step."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
     steps = epochs * (len(images) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
@@ -111,7 +121,8 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     print(images, flush=True)
     network = Network(images.train.shape[1], feature_dim=64)
     untrained = copy.deepcopy(network.encoder).eval()
-    train(network, images.train, epochs=options.epochs, batch_size=options.batch_size)
+    transform = crops_of_digits(images.train.shape[-1])
+    train(network, transform, images.train, epochs=options.epochs, batch_size=options.batch_size)
     return compare(
         {
             "SimCLR": partial(features_of, network.encoder.eval()),
