@@ -65,6 +65,7 @@ def fsdp2(rank: int, checkpoint: str) -> tuple[float, bool, float]:
     return result["loss"].item(), isinstance(weight, DTensor), weight.full_tensor().sum().item()
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 def test_the_checkpoint_of_fsdp2_loads_on_one_rank(
     start_ranks: Callable[[int], Ranks], tmp_path: Path
 ) -> None:
