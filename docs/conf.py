@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
+from pathlib import Path
+
 import math_core
 from docutils import nodes
 from sphinx.application import Sphinx
@@ -65,6 +69,31 @@ def _displayed_math(writer: HTML5Translator, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+def _from_markdown(_app: Sphinx, page: str, source: list[str]) -> None:
+    """Fill a page with a Markdown file of the root, of the syntax that these files use."""
+    if page not in ("contributing", "changelog"):
+        return
+    text = (Path(__file__).parent.parent / f"{page.upper()}.md").read_text(encoding="utf-8")
+
+    def link(match: re.Match[str]) -> str:
+        text, target = match.groups()
+        return f"`{text} <{target}>`__" if target.startswith("https:") else f"``{target}``"
+
+    def heading(match: re.Match[str]) -> str:
+        return match[2] + "\n" + "=-~"[len(match[1]) - 1] * len(match[2])
+
+    blocks = re.split(r"^```(\w+)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    for index in range(0, len(blocks), 3):  # prose; then a language and code
+        prose = re.sub(r"`([^`]+)`", r"``\1``", blocks[index])
+        prose = re.sub(r"\[([^]]+)\]\(([^)]+)\)", link, prose)
+        blocks[index] = re.sub(r"^(#+) (.*)$", heading, prose, flags=re.MULTILINE)
+    for index in range(1, len(blocks), 3):
+        blocks[index] = f".. code-block:: {blocks[index]}\n\n"
+        blocks[index + 1] = textwrap.indent(blocks[index + 1], "   ")
+    source[0] = "".join(blocks)
+
+
 def setup(app: Sphinx) -> None:
     """Render mathematics at build time, so that a page loads nothing from another site."""
+    app.connect("source-read", _from_markdown)
     app.add_html_math_renderer("mathml", (_inline_math, None), (_displayed_math, None))
