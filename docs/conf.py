@@ -25,6 +25,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "myst_parser",
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"

@@ -52,20 +52,47 @@ def test_the_published_algorithm_fails_where_the_readme_says_so() -> None:
             assert codes.isfinite().all()
 
 
+def test_the_citation_names_the_version_of_the_package() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.findall(r"^version: (.+)$", citation, flags=re.MULTILINE) == [swavkit.__version__]
+
+
 # The pages as a browser gets them
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Each built page under the name of its source."""
-    for package in ("sphinx", "furo", "math_core", "sphinx_copybutton"):
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the built pages."""
+    for package in ("sphinx", "furo", "math_core", "myst_parser", "sphinx_copybutton"):
         pytest.importorskip(package, reason="the docs extra is not installed")
     built = tmp_path_factory.mktemp("html")
     command = [sys.executable, "-m", "sphinx", "-n", "-W", "--keep-going", "-q", "-b", "html"]
     command += ["-d", str(tmp_path_factory.mktemp("doctrees")), str(ROOT / "docs"), str(built)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+    return built
+
+
+@pytest.fixture(scope="module")
+def pages(built: Path) -> dict[str, str]:
+    """Each built page under the name of its source."""
     return {path.stem: path.read_text(encoding="utf-8") for path in built.glob("*.html")}
+
+
+def test_every_page_has_a_place_in_the_navigation(pages: dict[str, str]) -> None:
+    sources = {path.stem for path in (ROOT / "docs").glob("*.rst")} - {"index"}
+    _, _, sidebar = pages["index"].partition('<div class="sidebar-tree">')
+    linked = re.findall(r"href=\"([\w-]+)\.html\"", sidebar.partition("</aside>")[0])
+    assert sorted(linked) == sorted(sources)
+
+
+@pytest.mark.parametrize("query", ["timm", "Lightning", "lightly", "NaN", "ln K"])
+def test_the_search_finds_what_users_ask_for(built: Path, query: str) -> None:
+    language = pytest.importorskip("sphinx.search.en").SearchEnglish({})
+    index = (built / "searchindex.js").read_text(encoding="utf-8")
+    data = json.loads(index[index.index("(") + 1 : index.rindex(")")])
+    for word in map(language.stem, query.lower().split()):
+        assert word in data["terms"] or word in data["titleterms"], word
 
 
 def test_pages_load_nothing_from_another_site(pages: dict[str, str]) -> None:
