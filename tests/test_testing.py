@@ -35,7 +35,7 @@ CODES_PROBLEM = CodesProblem(SCORES, epsilon=0.5, iterations=2)
 WEIGHTED_PROBLEM = replace(
     CODES_PROBLEM,
     sample_weight=np.array([1.0, 0.0, 2.0, 0.5]),
-    prototype_weight=np.array([1.0, 2.0, 0.0]),
+    prototype_weight=np.array([1.0, 2.0, 0.5]),
 )
 # Three views of four samples. Equal codes, so that no law of entropies finds a missing sample.
 CODES = np.broadcast_to(np.array([0.7, 0.2, 0.1]), (1, 4, 3)).copy()
