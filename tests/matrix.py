@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +45,7 @@ class Mode(NamedTuple):
     """How a component runs, and what is compared."""
 
     execution: str  # "eager", or "compiled" into one graph
-    context: str  # "plain", or under "autocast"
+    context: str  # of the forward pass: "plain", or under "autocast"
     direction: str  # "forward", "backward", or "backward inside" autocast
 
     def __str__(self) -> str:
@@ -56,7 +57,6 @@ MODES = [
     for mode in itertools.product(
         ("eager", "compiled"), ("plain", "autocast"), ("forward", "backward", "backward inside")
     )
-    if mode[1:] != ("plain", "backward inside")
 ]
 
 
@@ -81,7 +81,8 @@ class Cell:
         self.device, self.dtype = device, dtype
         of_autocast = torch.float16 if dtype == torch.float16 else torch.bfloat16
         enabled = context == "autocast"
-        self.autocast = torch.autocast(device.type, dtype=of_autocast, enabled=enabled)
+        self.inside = torch.autocast(device.type, dtype=of_autocast)
+        self.context = self.inside if enabled else nullcontext()
         # The dtype of products of features and prototypes, as ``nn.Linear`` has it.
         self.products = of_autocast if enabled and dtype != torch.float64 else dtype
         self.random = np.random.default_rng(0)

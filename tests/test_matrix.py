@@ -41,7 +41,7 @@ def test_a_cell_of_the_matrix(
         assert_close(results, case.expected, case.dtype, case.atol or tolerances.ATOL[case.dtype])
         return
     upstream = [torch.sign(result.detach() + 0.01) for result in results]
-    with cell.autocast if mode.direction == "backward inside" else nullcontext():
+    with cell.inside if mode.direction == "backward inside" else nullcontext():
         found = torch.autograd.grad(results, case.leaves, upstream, retain_graph=True)
     rounded = {dtype, cell.products} if case.products else {dtype}
     atol = 4 * max(tolerances.ATOL[each] for each in rounded)
@@ -65,7 +65,7 @@ def run(
         torch._dynamo.reset()
         call = torch.compile(call, backend=BACKENDS.get(dtype, "eager"), fullgraph=True)
     torch.manual_seed(0)
-    with torch.set_grad_enabled(gradient), cell.autocast:
+    with torch.set_grad_enabled(gradient), cell.context:
         returned = call(*case.inputs)
         return cell, case, tree_leaves(returned) if case.read is None else list(case.read())
 
