@@ -1,7 +1,7 @@
 """SwAV with a network of timm, a convolutional one or a vision transformer.
 
 pip install timm mlxtend
-python docs/examples/recipes/timm_backbone.py [resnet10t | vit_pico_patch16_reg4_gap_256 | ...]
+python docs/examples/recipes/timm_backbone.py [resnet10t | vit_tiny_patch16_224 | ...]
 """
 
 import sys
