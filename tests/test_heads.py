@@ -14,7 +14,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from swavkit import PrototypeLayer, SwappedPredictionLoss, SwAVDetails, SwAVLoss
 from tests import tolerances
-from tests.modes import RefuseSynchronisation
 from tests.states import same, snapshot
 
 DIMENSION, SIZES = 6, (5, 3, 7)
@@ -107,18 +106,6 @@ def test_all_heads_are_frozen_for_as_long(device: torch.device, freeze_steps: in
         criterion(features_of(device=device)).backward()
         for head in criterion.prototypes:
             assert head.weight.grad.any() == (step >= freeze_steps)
-
-
-def test_heads_wait_for_no_value_and_know_their_shapes_without_any(device: torch.device) -> None:
-    criterion = SwAVLoss(DIMENSION, SIZES, queue_length=10, freeze_steps=1).to(device)
-    with RefuseSynchronisation():
-        for _ in range(2):
-            criterion(features_of(dtype=torch.float32, device=device)).backward()
-    with torch.device("meta"):
-        criterion = SwAVLoss(DIMENSION, SIZES, queue_length=10)
-        loss, details = criterion(torch.empty(3, 8, DIMENSION), return_details=True)
-        loss.backward()
-    assert [tuple(of_head.codes.shape) for of_head in details] == [(2, 8, size) for size in SIZES]
 
 
 @pytest.mark.parametrize("details", [False, True])

@@ -27,7 +27,6 @@ from swavkit import (
 )
 from tests import oracles, tolerances
 from tests.bad_input import BAD_SAMPLE_WEIGHTS
-from tests.modes import RefuseSynchronisation
 from tests.optimizers import Lars, adam, adamw, sgd
 from tests.states import same, snapshot
 
@@ -627,18 +626,6 @@ def test_the_module_shows_its_settings() -> None:
 
 
 # Where it runs
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_no_value_is_read_on_the_host(device: torch.device, weighted: bool) -> None:
-    criterion = criterion_of(device, queue_length=10, queue_start=1, freeze_steps=2)
-    weight = torch.tensor([1, 0, 1, 1, 1, 1, 1, 2.0], device=device) if weighted else None
-    for mode in (True, True, True, False):
-        criterion.train(mode)
-        features = features_of(device=device, requires_grad=True)
-        with RefuseSynchronisation():
-            loss, _ = criterion(features, sample_weight=weight, return_details=True)
-            loss.backward()
 
 
 def test_shapes_and_dtypes_are_known_without_values() -> None:

@@ -22,7 +22,6 @@ from swavkit import (
     SwAVLoss,
 )
 from tests import oracles, tolerances
-from tests.modes import RefuseSynchronisation
 from tests.states import same, snapshot
 
 DIMENSION, PROTOTYPES, SIZES = 6, 5, (5, 3)
@@ -504,38 +503,6 @@ def test_a_training_step_compiles_once(memory: str, sizes: Any) -> None:
             for parameter in teacher.parameters():
                 parameter.add_(0.1)
     assert backend.frame_count == 1
-
-
-@ANY_MEMORY
-def test_no_value_is_read_on_the_host(memory: str) -> None:
-    criterion = SwAVLoss(DIMENSION, SIZES, memory=memory, queue_length=10, freeze_steps=1)
-    teacher = teacher_of(SIZES, torch.float32)
-    weight = torch.tensor([1, 0, 2, 1, 1, 0.5, 1, 1])
-    for sample_weight in (None, weight):
-        features = features_of(dtype=torch.float32, requires_grad=True)
-        code_features = features_of(2, dtype=torch.float32)
-        with RefuseSynchronisation():
-            criterion(
-                features,
-                code_features=code_features,
-                code_prototypes=teacher,
-                sample_weight=sample_weight,
-            ).backward()
-
-
-@ANY_MEMORY
-def test_shapes_are_known_without_values(memory: str) -> None:
-    with torch.device("meta"):
-        criterion = SwAVLoss(DIMENSION, PROTOTYPES, memory=memory, queue_length=10)
-        features = torch.empty(3, 8, DIMENSION, requires_grad=True)
-        loss = criterion(
-            features,
-            code_features=torch.empty(2, 8, DIMENSION),
-            code_prototypes=PrototypeLayer(DIMENSION, PROTOTYPES),
-        )
-        loss.backward()
-    assert loss.shape == ()
-    assert features.grad.shape == features.shape
 
 
 # Bad input
