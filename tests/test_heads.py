@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from swavkit import PrototypeLayer, SwappedPredictionLoss, SwAVDetails, SwAVLoss
 from tests import tolerances
@@ -106,29 +105,6 @@ def test_all_heads_are_frozen_for_as_long(device: torch.device, freeze_steps: in
         criterion(features_of(device=device)).backward()
         for head in criterion.prototypes:
             assert head.weight.grad.any() == (step >= freeze_steps)
-
-
-@pytest.mark.parametrize("details", [False, True])
-def test_a_training_step_of_heads_compiles_once(device: torch.device, details: bool) -> None:
-    torch._dynamo.reset()
-    backend = CompileCounterWithBackend("aot_eager")
-    eager, _ = heads_and_singles(device, queue_length=12, queue_start=2, freeze_steps=1)
-    criterion = copy.deepcopy(eager)
-    compiled = torch.compile(criterion, fullgraph=True, backend=backend)
-    for _ in range(4):
-        features = features_of(device=device, requires_grad=True)
-        losses = [each(features, return_details=details) for each in (compiled, eager)]
-        if details:
-            assert_close(*(loss[1] for loss in losses))
-            losses = [loss for loss, _ in losses]
-        assert_close(*losses)
-        gradients = [
-            torch.autograd.grad(loss, [features, *each.prototypes.parameters()])
-            for loss, each in zip(losses, (criterion, eager), strict=True)
-        ]
-        assert_close(*gradients)
-        assert_close(criterion.state_dict(), eager.state_dict())
-    assert backend.frame_count == 1
 
 
 def test_heads_learn_together() -> None:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from swavkit import SinkhornKnopp, SwAVLoss, marginal_error
 from tests import oracles, tolerances
@@ -438,24 +437,6 @@ def test_a_call_on_meta_loses_no_prior(memory: str, sizes: Any) -> None:
     criterion.to("meta")(features.to("meta"))
     criterion.to_empty(device="cpu").load_state_dict(state)
     assert_close(criterion(features), expected)
-
-
-def test_a_training_step_compiles_once() -> None:
-    torch._dynamo.reset()
-    backend = CompileCounterWithBackend("aot_eager")
-    eager = criterion_of(memory="streamed", prototype_weight=PRIOR, hard=True)
-    criterion = copy.deepcopy(eager)
-    compiled = torch.compile(criterion, fullgraph=True, backend=backend)
-    for _ in range(3):
-        features = features_of(requires_grad=True)
-        losses = compiled(features), eager(features)
-        assert_close(*losses)
-        found, expected = (
-            torch.autograd.grad(loss, [features, *each.parameters()])
-            for loss, each in zip(losses, (criterion, eager), strict=True)
-        )
-        assert_close(found, expected)
-    assert backend.frame_count == 1
 
 
 # Bad settings

@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from swavkit import (
     FeatureQueue,
@@ -653,27 +652,6 @@ def test_a_module_made_on_meta_gets_its_state_from_a_checkpoint() -> None:
     twin.to_empty(device="cpu").load_state_dict(criterion.state_dict())
     features = features_of()
     assert torch.equal(twin(features), criterion(features))
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_a_training_step_compiles_once(device: torch.device, weighted: bool) -> None:
-    torch._dynamo.reset()
-    backend = CompileCounterWithBackend("aot_eager")
-    eager = criterion_of(device, queue_length=12, queue_start=2, freeze_steps=1)
-    criterion = copy.deepcopy(eager)
-    compiled = torch.compile(criterion, fullgraph=True, backend=backend)
-    weight = torch.tensor([1, 0, 1, 1, 1, 1, 1, 2.0], device=device) if weighted else None
-    for _ in range(4):
-        features = features_of(device=device, requires_grad=True)
-        losses = [each(features, sample_weight=weight) for each in (compiled, eager)]
-        assert_close(*losses)
-        results = [
-            gradients(loss, features, each.prototypes.weight)
-            for loss, each in zip(losses, (criterion, eager), strict=True)
-        ]
-        assert_close(*results)
-        assert_close(criterion.state_dict(), eager.state_dict())
-    assert backend.frame_count == 1
 
 
 # It learns

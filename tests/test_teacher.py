@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from swavkit import (
     FeatureQueue,
@@ -477,32 +476,6 @@ def test_autocast_keeps_codes_and_loss_in_float32(
         wanted = torch.autograd.grad(expected, [features, *by_hand.weights])
         assert [gradient.dtype for gradient in found] == [torch.float32] * 2
         assert_close(found, wanted, 8 * tolerances.ATOL[torch.bfloat16])
-
-
-@pytest.mark.parametrize(("memory", "sizes"), [("full", PROTOTYPES), ("streamed", SIZES)], ids=str)
-def test_a_training_step_compiles_once(memory: str, sizes: Any) -> None:
-    torch._dynamo.reset()
-    backend = CompileCounterWithBackend("aot_eager")
-    eager = criterion_of(sizes, memory=memory, queue_length=12, freeze_steps=1)
-    criterion, teacher = copy.deepcopy(eager), teacher_of(sizes)
-    compiled = torch.compile(criterion, fullgraph=True, backend=backend)
-    for _ in range(3):
-        features, code_features = features_of(requires_grad=True), features_of(2)
-        losses = [
-            each(features, code_features=code_features, code_prototypes=teacher)
-            for each in (compiled, eager)
-        ]
-        assert_close(*losses)
-        results = [
-            torch.autograd.grad(loss, [features, *each.parameters()])
-            for loss, each in zip(losses, (criterion, eager), strict=True)
-        ]
-        assert_close(*results)
-        assert_close(criterion.state_dict(), eager.state_dict())
-        with torch.no_grad():
-            for parameter in teacher.parameters():
-                parameter.add_(0.1)
-    assert backend.frame_count == 1
 
 
 # Bad input
