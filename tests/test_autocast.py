@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -105,10 +104,13 @@ def test_the_loss_of_scores_has_the_same_gradient_inside_autocast() -> None:
 
 @pytest.mark.parametrize("memory", ["full", "streamed"])
 def test_float16_trains_at_the_default_scale_of_a_gradient_scaler(memory: Any) -> None:
-    centers = F.normalize(torch.randn(PROTOTYPES, DIMENSION), dim=1)
+    centers = torch.randn(PROTOTYPES, 1, 6, 6)
     network = nn.Sequential(
-        nn.Linear(DIMENSION, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, DIMENSION)
+        *(nn.Conv2d(1, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.AdaptiveAvgPool2d(2)),
+        *(nn.Flatten(), nn.Linear(128, DIMENSION)),
     )
+    # Features of a large norm have a small gradient, so that the network's own fit float16, too.
+    nn.init.normal_(network[-1].weight)
     criterion = SwAVLoss(
         DIMENSION, PROTOTYPES, memory=memory, queue_length=32, queue_start=20, freeze_steps=20
     )
@@ -119,7 +121,7 @@ def test_float16_trains_at_the_default_scale_of_a_gradient_scaler(memory: Any) -
     losses = []
     for _ in range(200):
         labels = torch.randint(PROTOTYPES, (32,))
-        crops = centers[labels] + 0.05 * torch.randn(VIEWS, 32, DIMENSION)
+        crops = centers[labels] + 0.2 * torch.randn(VIEWS, 32, 1, 6, 6)
         with torch.autocast("cpu", dtype=torch.float16):
             loss = criterion(multi_crop_forward(network, list(crops)))
         optimizer.zero_grad()

@@ -20,7 +20,7 @@ from swavkit import ClusterMonitor, PrototypeLayer, SwAVLoss, SwAVStatistics, cl
 from swavkit.monitor import figures as figures_module
 from swavkit.monitor import monitor as monitor_module
 from tests import oracles
-from tests.modes import LargestTensor, RefuseSynchronisation
+from tests.modes import LargestTensor
 from tests.states import same, snapshot
 
 K, D = 5, 4
@@ -288,21 +288,6 @@ def test_an_empty_step_keeps_the_features_before_it() -> None:
 
 
 # Devices and synchronization
-
-
-@pytest.mark.parametrize("with_loss", [True, False])
-def test_an_update_reads_nothing_on_the_host(device: torch.device, with_loss: bool) -> None:
-    monitor = ClusterMonitor(K, window=2)
-    given = statistics_of(0, device=device)
-    options: dict[str, Any] = {"features": torch.randn(2, 3, D, device=device)}
-    options["prototypes"] = PrototypeLayer(D, K).to(device)
-    if with_loss:
-        options["loss"] = torch.ones((), device=device)
-    with RefuseSynchronisation():
-        for _ in range(3):
-            monitor.update(given, **options)
-        monitor.update(given, loss=1.0)
-    assert monitor.updates == 4
 
 
 def test_the_monitor_follows_the_statistics_to_their_device(device: torch.device) -> None:

@@ -19,7 +19,6 @@ from swavkit import SinkhornKnopp
 from swavkit.swav_statistics import SwAVStatistics, cluster_statistics
 from tests import oracles, tolerances
 from tests.bad_input import BAD_SAMPLE_WEIGHTS
-from tests.modes import RefuseSynchronisation
 from tests.strategies import permutations, reals, seeds
 
 VIEWS, SAMPLES, PROTOTYPES = 3, 8, 5
@@ -401,15 +400,6 @@ def test_settings_are_given_by_name() -> None:
 
 
 # Where it runs
-
-
-def test_no_value_is_read_on_the_host(device: torch.device) -> None:
-    scores, codes = scores_and_codes(device=device)
-    scores[0, 1] = math.nan
-    for weight in (None, torch.ones(SAMPLES, device=device), scores[0, :, 0] > 0):
-        with RefuseSynchronisation():
-            cluster_statistics(scores, codes, sample_weight=weight)
-            cluster_statistics(list(scores), list(codes), sample_weight=weight)
 
 
 def test_shapes_and_dtypes_are_known_without_values() -> None:

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from swavkit import CodePredictionLoss, code_prediction_loss, swapped_prediction_loss
 from tests import oracles, tolerances
 from tests.bad_input import BAD_SAMPLE_WEIGHTS
-from tests.modes import CountingBackend, RefuseSynchronisation
+from tests.modes import CountingBackend
 from tests.signatures import described
 from tests.strategies import PredictionProblem, prediction_problems, reals
 from tests.test_settings import TRANSFORMS
@@ -193,22 +193,6 @@ def test_codes_may_have_another_dtype_than_scores(
     assert loss.dtype == torch.promote_types(scores_dtype, torch.float32)
     assert gradient.dtype == scores_dtype
     assert loss.item() == pytest.approx(float(expected), rel=tolerances.ATOL[loss.dtype])
-
-
-@SOFT_OR_HARD
-def test_tensors_need_not_be_contiguous(device: torch.device, hard: bool) -> None:
-    scores, codes = tensors(problem_of(2, 3, hard=hard), device, torch.float64)
-    expected = value_and_gradient(scores, codes)
-    leaf = scores.permute(2, 1, 0).contiguous().permute(2, 1, 0).requires_grad_()
-    turned = codes.mT.contiguous().mT
-    loss = code_prediction_loss(leaf, turned)
-    (gradient,) = torch.autograd.grad(loss, leaf)
-    torch.testing.assert_close((loss.detach(), gradient), expected, rtol=0, atol=1e-12)
-    transposed = code_prediction_loss(
-        scores.transpose(0, 1), codes.transpose(0, 1), reduction="none"
-    )
-    each = code_prediction_loss(scores, codes, reduction="none")
-    torch.testing.assert_close(transposed.T, each, rtol=0, atol=1e-12)
 
 
 @SOFT_OR_HARD
@@ -564,23 +548,6 @@ def test_autocast_changes_nothing(device: torch.device, dtype: torch.dtype, hard
             torch.testing.assert_close(
                 gradient, expected_gradient, rtol=torch.finfo(dtype).eps, atol=1e-9
             )
-
-
-@ANY_REDUCTION
-def test_no_value_is_read_on_the_host(device: torch.device, reduction: str) -> None:
-    scores, codes = tensors(problem_of(4), device, torch.float32)
-    weight = torch.tensor([True, False, True, True], device=device)
-    temperature = torch.tensor(0.2, device=device)
-    scores.requires_grad_()
-    with RefuseSynchronisation():
-        for given_weight in (None, weight):
-            code_prediction_loss(
-                scores,
-                codes,
-                sample_weight=given_weight,
-                temperature=temperature,
-                reduction=reduction,
-            ).sum().backward()
 
 
 @pytest.mark.parametrize("fake", [False, True], ids=["meta", "fake meta"])

@@ -464,19 +464,6 @@ def batches_of(device: torch.device, *sizes: int) -> Iterator[Tensor]:
         yield batch
 
 
-def test_no_value_is_read_on_the_host(device: torch.device) -> None:
-    queue = filled(device=device)
-    mark = torch.tensor([True, False], device=device)
-    with RefuseSynchronisation():
-        for batch in batches_of(device, 2, 5):
-            queue.push(batch)
-        queue.push(torch.randn(2, 2, 3, device=device), valid=mark)
-        assert bool(queue)
-        assert queue.age.shape == (4,)
-        with pytest.raises(RuntimeError, match="waits for the device"):
-            len(queue)  # as the documentation says
-
-
 class NewTensors(TorchDispatchMode):
     """Adds up the entries of all tensors that operations make, in place ones aside."""
 
@@ -525,20 +512,6 @@ def test_pushes_of_any_size_compile(device: torch.device) -> None:
         compiled(batch)
         eager.push(batch)
         assert same(snapshot(queue), snapshot(eager))
-
-
-def test_a_default_device_is_none_of_its_business() -> None:
-    queue, expected = FeatureQueue(4, 3), FeatureQueue(4, 3)
-    features, mark = torch.randn(2, 6, 3), torch.tensor([True, False] * 3)
-    expected.push(features, valid=mark)
-    with torch.device("meta"):
-        queue.push(features, valid=mark)
-        age = queue.age
-        half = FeatureQueue(4, 3)
-        half.reset_parameters()
-    assert same(snapshot(queue), snapshot(expected))
-    assert torch.equal(age, expected.age)
-    assert {value.device.type for value in half.state_dict().values()} == {"meta"}
 
 
 # Bad input

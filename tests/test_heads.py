@@ -10,11 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from swavkit import PrototypeLayer, SwappedPredictionLoss, SwAVDetails, SwAVLoss
 from tests import tolerances
-from tests.modes import RefuseSynchronisation
 from tests.states import same, snapshot
 
 DIMENSION, SIZES = 6, (5, 3, 7)
@@ -107,41 +105,6 @@ def test_all_heads_are_frozen_for_as_long(device: torch.device, freeze_steps: in
         criterion(features_of(device=device)).backward()
         for head in criterion.prototypes:
             assert head.weight.grad.any() == (step >= freeze_steps)
-
-
-def test_heads_wait_for_no_value_and_know_their_shapes_without_any(device: torch.device) -> None:
-    criterion = SwAVLoss(DIMENSION, SIZES, queue_length=10, freeze_steps=1).to(device)
-    with RefuseSynchronisation():
-        for _ in range(2):
-            criterion(features_of(dtype=torch.float32, device=device)).backward()
-    with torch.device("meta"):
-        criterion = SwAVLoss(DIMENSION, SIZES, queue_length=10)
-        loss, details = criterion(torch.empty(3, 8, DIMENSION), return_details=True)
-        loss.backward()
-    assert [tuple(of_head.codes.shape) for of_head in details] == [(2, 8, size) for size in SIZES]
-
-
-@pytest.mark.parametrize("details", [False, True])
-def test_a_training_step_of_heads_compiles_once(device: torch.device, details: bool) -> None:
-    torch._dynamo.reset()
-    backend = CompileCounterWithBackend("aot_eager")
-    eager, _ = heads_and_singles(device, queue_length=12, queue_start=2, freeze_steps=1)
-    criterion = copy.deepcopy(eager)
-    compiled = torch.compile(criterion, fullgraph=True, backend=backend)
-    for _ in range(4):
-        features = features_of(device=device, requires_grad=True)
-        losses = [each(features, return_details=details) for each in (compiled, eager)]
-        if details:
-            assert_close(*(loss[1] for loss in losses))
-            losses = [loss for loss, _ in losses]
-        assert_close(*losses)
-        gradients = [
-            torch.autograd.grad(loss, [features, *each.prototypes.parameters()])
-            for loss, each in zip(losses, (criterion, eager), strict=True)
-        ]
-        assert_close(*gradients)
-        assert_close(criterion.state_dict(), eager.state_dict())
-    assert backend.frame_count == 1
 
 
 def test_heads_learn_together() -> None:

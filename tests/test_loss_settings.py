@@ -13,11 +13,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from swavkit import SinkhornKnopp, SwAVLoss, marginal_error
 from tests import oracles, tolerances
-from tests.modes import RefuseSynchronisation
 from tests.states import same, snapshot
 from tests.test_teacher import (
     ANY_MEMORY,
@@ -439,44 +437,6 @@ def test_a_call_on_meta_loses_no_prior(memory: str, sizes: Any) -> None:
     criterion.to("meta")(features.to("meta"))
     criterion.to_empty(device="cpu").load_state_dict(state)
     assert_close(criterion(features), expected)
-
-
-@pytest.mark.parametrize("of_codes", [{}, {"hard": True}, {"relaxation": 0.1}], ids=str)
-@ANY_QUEUE
-@ANY_MEMORY
-def test_no_value_is_read_on_the_host(
-    memory: str, queue_length: int, of_codes: dict[str, Any]
-) -> None:
-    criterion = SwAVLoss(
-        DIMENSION,
-        SIZES,
-        memory=memory,
-        queue_length=queue_length,
-        prototype_weight=[PRIOR, None],
-        **of_codes,
-    )
-    for _ in range(2):
-        features = features_of(dtype=torch.float32, requires_grad=True)
-        with RefuseSynchronisation():
-            criterion(features).backward()
-
-
-def test_a_training_step_compiles_once() -> None:
-    torch._dynamo.reset()
-    backend = CompileCounterWithBackend("aot_eager")
-    eager = criterion_of(memory="streamed", prototype_weight=PRIOR, hard=True)
-    criterion = copy.deepcopy(eager)
-    compiled = torch.compile(criterion, fullgraph=True, backend=backend)
-    for _ in range(3):
-        features = features_of(requires_grad=True)
-        losses = compiled(features), eager(features)
-        assert_close(*losses)
-        found, expected = (
-            torch.autograd.grad(loss, [features, *each.parameters()])
-            for loss, each in zip(losses, (criterion, eager), strict=True)
-        )
-        assert_close(found, expected)
-    assert backend.frame_count == 1
 
 
 # Bad settings

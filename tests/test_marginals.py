@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from swavkit import marginal_error, power_law_prior, sinkhorn_knopp
 from tests import oracles, tolerances
 from tests.bad_input import BAD_SAMPLE_WEIGHTS
-from tests.modes import CountingBackend, RefuseSynchronisation
+from tests.modes import CountingBackend
 from tests.strategies import permutations, reals, seeds
 
 ANY_DTYPE = pytest.mark.parametrize("dtype", tolerances.DTYPES, ids=str)
@@ -106,13 +106,6 @@ def test_leading_dimensions_are_independent_problems(device: torch.device, weigh
             codes[index].cpu().numpy(), None if own is None else own.cpu().numpy()
         )
         assert_error(errors[index].item(), alone)
-
-
-def test_the_memory_layout_does_not_matter(device: torch.device) -> None:
-    codes = codes_of(3, 4, 5).to(device)
-    turned = codes.mT.contiguous().mT
-    assert not turned.is_contiguous()
-    assert_error(marginal_error(turned).cpu(), marginal_error(codes).cpu())
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5), (0, 4, 5), (2, 0, 4, 5)], ids=str)
@@ -322,18 +315,6 @@ def test_no_gradient_flows_and_no_input_changes(device: torch.device, dtype: tor
     for error in (marginal_error(codes), marginal_error(codes, **weights)):
         assert not error.requires_grad
     assert all(map(torch.equal, inputs, before))
-
-
-@pytest.mark.parametrize("leading", [(), (2,)], ids=["one problem", "two problems"])
-def test_no_value_is_read_on_the_host(device: torch.device, leading: tuple[int, ...]) -> None:
-    codes = codes_of(*leading, 6, 4).to(device)
-    sample_weight = torch.tensor([True, False, True, True, True, True], device=device)
-    prototype_weight = torch.tensor([1, 2, 0.5, 0], device=device)
-    with RefuseSynchronisation():
-        marginal_error(codes)
-        marginal_error(codes, sample_weight=sample_weight, prototype_weight=prototype_weight)
-        with pytest.raises(RuntimeError, match="waits for the device"):
-            codes.sum().item()  # else the mode would prove nothing
 
 
 @pytest.mark.parametrize("fake", [False, True], ids=["meta", "fake meta"])

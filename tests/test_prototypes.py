@@ -630,32 +630,6 @@ def test_the_layer_shows_its_settings() -> None:
 
 
 @GRADIENTS
-def test_no_value_is_read_on_the_host(device: torch.device, gradient: str) -> None:
-    layer = layer_of(torch.randn(5, 4, device=device), gradient=gradient)
-    features = torch.randn(6, 4, device=device, requires_grad=True)
-    frozen = torch.tensor(True, device=device)
-    with RefuseSynchronisation():
-        layer(features).sum().backward()
-        layer(features, frozen=frozen).sum().backward()
-        layer.assign(features)
-        layer.normalize_()
-
-
-@GRADIENTS
-def test_shapes_and_dtypes_are_known_without_values(gradient: str) -> None:
-    with torch.device("meta"):
-        layer = PrototypeLayer(4, 5, gradient=gradient)
-        scores = layer(torch.empty(2, 6, 4), frozen=torch.tensor(False))
-        scores.sum().backward()
-        index = layer.assign(torch.empty(6, 4))
-        layer.normalize_()
-    assert scores.shape == (2, 6, 5)
-    assert layer.weight.grad.shape == (5, 4)
-    assert index.shape == (6,)
-    assert {tensor.device.type for tensor in (scores, layer.weight.grad, index)} == {"meta"}
-
-
-@GRADIENTS
 def test_compiles_once_for_frozen_and_free_prototypes(device: torch.device, gradient: str) -> None:
     backend = CountingBackend()
     layer = layer_of(torch.randn(5, 4, device=device), gradient=gradient)

@@ -28,7 +28,6 @@ from tests.modes import (
     CountingBackend,
     LargestTensor,
     RefuseSoftmaxOverRows,
-    RefuseSynchronisation,
 )
 from tests.strategies import (
     CodesProblem,
@@ -195,26 +194,6 @@ def test_leading_dimensions_are_independent_problems(
         own = weight[index] if weights == "own" else weight
         alone = sinkhorn_knopp(scores[index], iterations=iterations, sample_weight=own)
         torch.testing.assert_close(codes[index], alone, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda scores: scores.mT.contiguous().mT,
-        lambda scores: torch.stack([scores, scores], dim=-1)[..., 0],
-        lambda scores: scores[:, :1].expand(-1, 4, -1),
-    ],
-    ids=["transposed", "strided", "expanded"],
-)
-@BOTH_FORMS
-def test_the_memory_layout_does_not_matter(
-    device: torch.device, iterations: int, view: Callable[[torch.Tensor], torch.Tensor]
-) -> None:
-    scores = view(cosines(3, 4, 5).to(device))
-    assert not scores.is_contiguous()
-    codes = sinkhorn_knopp(scores, iterations=iterations)
-    expected = sinkhorn_knopp(scores.contiguous(), iterations=iterations)
-    torch.testing.assert_close(codes, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5), (0, 4, 5), (2, 0, 4, 5)], ids=str)
@@ -732,26 +711,6 @@ def test_the_global_random_state_is_left_alone(iterations: int) -> None:
     before = torch.get_rng_state()
     sinkhorn_knopp(cosines(6, 4), iterations=iterations)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("leading", [(), (2,)], ids=["one problem", "two problems"])
-@BOTH_FORMS
-def test_no_value_is_read_on_the_host(
-    device: torch.device, iterations: int, leading: tuple[int, ...]
-) -> None:
-    scores = cosines(*leading, 6, 4).to(device)
-    sample_weight = torch.tensor([True, False, True, True, True, True], device=device)
-    prototype_weight = torch.tensor([1, 2, 0.5, 0], device=device)
-    with RefuseSynchronisation():
-        sinkhorn_knopp(scores, iterations=iterations)
-        sinkhorn_knopp(
-            scores,
-            iterations=iterations,
-            sample_weight=sample_weight,
-            prototype_weight=prototype_weight,
-        )
-        with pytest.raises(RuntimeError, match="waits for the device"):
-            scores.sum().item()  # else the mode would prove nothing
 
 
 @pytest.mark.parametrize("weights", ["none", "bool", "floating"])

@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swavkit import SinkhornKnopp, sinkhorn_knopp
 from tests import oracles, tolerances
-from tests.modes import RefuseSynchronisation
 from tests.strategies import (
     CodesProblem,
     KnownCodes,
@@ -201,18 +200,6 @@ def test_leading_dimensions_are_independent_relaxed_problems(
             in_float64(scores[index]), 0.05, iterations, 0.2, None if own is None else own.cpu()
         )
         assert_codes(codes[index], expected, epsilon=0.05)
-
-
-@ITERATIONS
-def test_the_memory_layout_of_relaxed_problems_does_not_matter(
-    device: torch.device, iterations: int
-) -> None:
-    scores = cosines(3, 4, 5).to(device)
-    turned = scores.mT.contiguous().mT
-    assert not turned.is_contiguous()
-    codes = sinkhorn_knopp(turned, iterations=iterations, relaxation=0.2)
-    expected = sinkhorn_knopp(scores, iterations=iterations, relaxation=0.2)
-    torch.testing.assert_close(codes, expected, rtol=0, atol=1e-12)
 
 
 # Relaxed masses: laws
@@ -894,24 +881,6 @@ def test_the_global_random_state_is_left_alone(options: dict[str, Any]) -> None:
     before = torch.get_rng_state()
     sinkhorn_knopp(cosines(6, 4), **options)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("leading", [(), (2,)], ids=["one problem", "two problems"])
-@WITHOUT_READING
-@ITERATIONS
-def test_no_value_is_read_on_the_host(
-    device: torch.device, iterations: int, options: dict[str, Any], leading: tuple[int, ...]
-) -> None:
-    scores = cosines(*leading, 6, 4).to(device)
-    weights = {
-        "sample_weight": torch.tensor([True, False, True, True, True, True], device=device),
-        "prototype_weight": torch.tensor([1, 2, 0.5, 0], device=device),
-    }
-    with RefuseSynchronisation():
-        sinkhorn_knopp(scores, iterations=iterations, **options)
-        sinkhorn_knopp(scores, iterations=iterations, **weights, **options)
-        with pytest.raises(RuntimeError, match="waits for the device"):
-            scores.sum().item()  # else the mode would prove nothing
 
 
 @pytest.mark.parametrize("fake", [False, True], ids=["meta", "fake meta"])

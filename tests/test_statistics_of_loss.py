@@ -12,7 +12,6 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -467,38 +466,6 @@ def test_shapes_and_dtypes_are_known_without_values(form: str, sizes: Any) -> No
                     assert value.device.type == "meta"
                     assert value.dtype == torch.float32
                     assert value.shape == ((size,) if name in VECTORS else ())
-
-
-@pytest.mark.parametrize(
-    ("form", "sizes", "weighted"),
-    [
-        ("full", (5, 3), False),
-        ("streamed", PROTOTYPES, True),
-        ("auto, fused", PROTOTYPES, True),
-    ],
-    ids=str,
-)
-def test_a_training_step_compiles_once(form: str, sizes: Any, weighted: bool) -> None:
-    torch._dynamo.reset()
-    backend = CompileCounterWithBackend("aot_eager")
-    eager = criterion_of(form, sizes, queue_length=20, queue_start=2, freeze_steps=1)
-    criterion, full = copy.deepcopy(eager), twin_of(eager)
-    compiled = torch.compile(criterion, fullgraph=True, backend=backend)
-    for step in range(4):
-        features = features_of(requires_grad=True)
-        inputs = {"sample_weight": WEIGHT + step if weighted else None}
-        with of_form(form, rows=24):  # 2 blocks
-            loss, found = compiled(features, **inputs, return_statistics=True)
-            of_eager = eager(features, **inputs)
-        assert_close(loss, of_eager)
-        assert_statistics(found, by_the_details(full, features.detach(), **inputs)[1])
-        gradients = [
-            torch.autograd.grad(value, [features, *each.parameters()])
-            for value, each in ((loss, criterion), (of_eager, eager))
-        ]
-        assert_close(*gradients)
-        assert_close(criterion.state_dict(), eager.state_dict())
-    assert backend.frame_count == 1
 
 
 class Model(nn.Module):

@@ -22,7 +22,7 @@ from swavkit.fused import loss as fused_loss
 from swavkit.fused import score_blocks
 from swavkit.sinkhorn import kernel
 from tests import oracles, tolerances
-from tests.modes import CountingBackend, LargestTensor, RefuseSynchronisation
+from tests.modes import LargestTensor, RefuseSynchronisation
 from tests.states import same, snapshot
 from tests.strategies import seeds
 
@@ -905,24 +905,3 @@ def test_shapes_and_dtypes_are_known_without_values(rows: int) -> None:
     assert features.grad.shape == features.shape
     tensors = [loss, features.grad, *criterion.state_dict().values()]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_a_training_step_compiles_once(device: torch.device, weighted: bool) -> None:
-    backend = CountingBackend()
-    eager, _ = streamed_and_full(device, queue_length=12, queue_start=2, freeze_steps=1)
-    criterion = copy.deepcopy(eager)
-    compiled = torch.compile(criterion, fullgraph=True, backend=backend)
-    for step in range(4):
-        features = features_of(device=device, requires_grad=True)
-        weight = torch.full((8,), 1.0 + step, device=device) if weighted else None
-        with blocks_of(12):
-            losses = [each(features, sample_weight=weight) for each in (compiled, eager)]
-        assert_close(*losses)
-        gradients = [
-            torch.autograd.grad(loss, [features, each.prototypes.weight])
-            for loss, each in zip(losses, (criterion, eager), strict=True)
-        ]
-        assert_close(*gradients)
-        assert_close(criterion.state_dict(), eager.state_dict())
-    assert backend.graphs == 1

@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from swavkit import (
     FeatureQueue,
@@ -27,7 +26,6 @@ from swavkit import (
 )
 from tests import oracles, tolerances
 from tests.bad_input import BAD_SAMPLE_WEIGHTS
-from tests.modes import RefuseSynchronisation
 from tests.optimizers import Lars, adam, adamw, sgd
 from tests.states import same, snapshot
 
@@ -629,18 +627,6 @@ def test_the_module_shows_its_settings() -> None:
 # Where it runs
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_no_value_is_read_on_the_host(device: torch.device, weighted: bool) -> None:
-    criterion = criterion_of(device, queue_length=10, queue_start=1, freeze_steps=2)
-    weight = torch.tensor([1, 0, 1, 1, 1, 1, 1, 2.0], device=device) if weighted else None
-    for mode in (True, True, True, False):
-        criterion.train(mode)
-        features = features_of(device=device, requires_grad=True)
-        with RefuseSynchronisation():
-            loss, _ = criterion(features, sample_weight=weight, return_details=True)
-            loss.backward()
-
-
 def test_shapes_and_dtypes_are_known_without_values() -> None:
     with torch.device("meta"):
         criterion = SwAVLoss(DIMENSION, PROTOTYPES, queue_length=10, freeze_steps=2)
@@ -666,27 +652,6 @@ def test_a_module_made_on_meta_gets_its_state_from_a_checkpoint() -> None:
     twin.to_empty(device="cpu").load_state_dict(criterion.state_dict())
     features = features_of()
     assert torch.equal(twin(features), criterion(features))
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_a_training_step_compiles_once(device: torch.device, weighted: bool) -> None:
-    torch._dynamo.reset()
-    backend = CompileCounterWithBackend("aot_eager")
-    eager = criterion_of(device, queue_length=12, queue_start=2, freeze_steps=1)
-    criterion = copy.deepcopy(eager)
-    compiled = torch.compile(criterion, fullgraph=True, backend=backend)
-    weight = torch.tensor([1, 0, 1, 1, 1, 1, 1, 2.0], device=device) if weighted else None
-    for _ in range(4):
-        features = features_of(device=device, requires_grad=True)
-        losses = [each(features, sample_weight=weight) for each in (compiled, eager)]
-        assert_close(*losses)
-        results = [
-            gradients(loss, features, each.prototypes.weight)
-            for loss, each in zip(losses, (criterion, eager), strict=True)
-        ]
-        assert_close(*results)
-        assert_close(criterion.state_dict(), eager.state_dict())
-    assert backend.frame_count == 1
 
 
 # It learns

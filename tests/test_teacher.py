@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from swavkit import (
     FeatureQueue,
@@ -22,7 +21,6 @@ from swavkit import (
     SwAVLoss,
 )
 from tests import oracles, tolerances
-from tests.modes import RefuseSynchronisation
 from tests.states import same, snapshot
 
 DIMENSION, PROTOTYPES, SIZES = 6, 5, (5, 3)
@@ -478,64 +476,6 @@ def test_autocast_keeps_codes_and_loss_in_float32(
         wanted = torch.autograd.grad(expected, [features, *by_hand.weights])
         assert [gradient.dtype for gradient in found] == [torch.float32] * 2
         assert_close(found, wanted, 8 * tolerances.ATOL[torch.bfloat16])
-
-
-@pytest.mark.parametrize(("memory", "sizes"), [("full", PROTOTYPES), ("streamed", SIZES)], ids=str)
-def test_a_training_step_compiles_once(memory: str, sizes: Any) -> None:
-    torch._dynamo.reset()
-    backend = CompileCounterWithBackend("aot_eager")
-    eager = criterion_of(sizes, memory=memory, queue_length=12, freeze_steps=1)
-    criterion, teacher = copy.deepcopy(eager), teacher_of(sizes)
-    compiled = torch.compile(criterion, fullgraph=True, backend=backend)
-    for _ in range(3):
-        features, code_features = features_of(requires_grad=True), features_of(2)
-        losses = [
-            each(features, code_features=code_features, code_prototypes=teacher)
-            for each in (compiled, eager)
-        ]
-        assert_close(*losses)
-        results = [
-            torch.autograd.grad(loss, [features, *each.parameters()])
-            for loss, each in zip(losses, (criterion, eager), strict=True)
-        ]
-        assert_close(*results)
-        assert_close(criterion.state_dict(), eager.state_dict())
-        with torch.no_grad():
-            for parameter in teacher.parameters():
-                parameter.add_(0.1)
-    assert backend.frame_count == 1
-
-
-@ANY_MEMORY
-def test_no_value_is_read_on_the_host(memory: str) -> None:
-    criterion = SwAVLoss(DIMENSION, SIZES, memory=memory, queue_length=10, freeze_steps=1)
-    teacher = teacher_of(SIZES, torch.float32)
-    weight = torch.tensor([1, 0, 2, 1, 1, 0.5, 1, 1])
-    for sample_weight in (None, weight):
-        features = features_of(dtype=torch.float32, requires_grad=True)
-        code_features = features_of(2, dtype=torch.float32)
-        with RefuseSynchronisation():
-            criterion(
-                features,
-                code_features=code_features,
-                code_prototypes=teacher,
-                sample_weight=sample_weight,
-            ).backward()
-
-
-@ANY_MEMORY
-def test_shapes_are_known_without_values(memory: str) -> None:
-    with torch.device("meta"):
-        criterion = SwAVLoss(DIMENSION, PROTOTYPES, memory=memory, queue_length=10)
-        features = torch.empty(3, 8, DIMENSION, requires_grad=True)
-        loss = criterion(
-            features,
-            code_features=torch.empty(2, 8, DIMENSION),
-            code_prototypes=PrototypeLayer(DIMENSION, PROTOTYPES),
-        )
-        loss.backward()
-    assert loss.shape == ()
-    assert features.grad.shape == features.shape
 
 
 # Bad input
