@@ -112,18 +112,19 @@ def kernels(call: Callable[[], object]) -> int:
     )
 
 
-def operations(call: Callable[[], object]) -> int:
-    """Return the number of computing operations of one call, except on the CPU."""
-    with _Operations() as recorded:
+def operations(call: Callable[[], object], *, on_cpu: bool = False) -> int:
+    """Return the number of computing operations of one call, without those on the CPU by default."""
+    with _Operations(on_cpu) as recorded:
         call()
     return recorded.number
 
 
 class _Operations(TorchDispatchMode):
-    """Counts operations that return tensors, except views, uninitialized memory and on the CPU."""
+    """Counts operations that return tensors, except views and uninitialized memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_cpu: bool = False) -> None:
         super().__init__()
+        self.on_cpu = on_cpu
         self.number = 0
         self.bytes = 0
 
@@ -135,7 +136,7 @@ class _Operations(TorchDispatchMode):
         if isinstance(result, (torch.Tensor, tuple, list)) and not free:
             leaves = tree_leaves((args, kwargs, result))
             tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-            if any(tensor.device.type != "cpu" for tensor in tensors):
+            if self.on_cpu or any(tensor.device.type != "cpu" for tensor in tensors):
                 self.number += 1
                 self.bytes += sum(tensor.numel() * tensor.itemsize for tensor in tensors)
         return result

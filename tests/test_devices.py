@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -382,8 +383,10 @@ def test_what_waits_is_what_the_documentation_says(call: Callable[[], Any]) -> N
 @ANY_PART
 def test_everything_is_on_the_device_of_the_inputs(part: str) -> None:
     use, inputs = made(part, "meta")
-    with FakeTensorMode(allow_non_fake_inputs=True), RefuseSynchronisation():
-        found = results(use, inputs)  # where a tensor made without a device is on the CPU
+    # There, a tensor made without a device is on the CPU. Crops read numbers that were drawn there.
+    fake = nullcontext() if "transform" in part else FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, RefuseSynchronisation():
+        found = results(use, inputs)
     assert {tensor.device.type for tensor in found} == {"meta"}
     assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in expected(part)]
 
