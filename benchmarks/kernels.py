@@ -113,7 +113,7 @@ def kernels(call: Callable[[], object]) -> int:
 
 
 def operations(call: Callable[[], object], *, on_cpu: bool = False) -> int:
-    """Return the number of computing operations of one call, without those on the CPU by default."""
+    """Return the number of computing operations of one call, those on the CPU only if asked."""
     with _Operations(on_cpu) as recorded:
         call()
     return recorded.number

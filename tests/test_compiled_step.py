@@ -20,7 +20,8 @@ SETTINGS: dict[str, Any] = {"queue_length": 20, "queue_start": 2, "freeze_steps"
 
 
 def crops_of(samples: int) -> list[Tensor]:
-    return [torch.rand(samples, 1, size, size, dtype=torch.float64) for size in (8, 8, 5)]
+    # No size is that of a batch: equal sizes would be one symbol of a dynamic graph.
+    return [torch.rand(samples, 1, size, size, dtype=torch.float64) for size in (10, 10, 7)]
 
 
 class Training(nn.Module):
@@ -88,7 +89,7 @@ def assert_same(first: nn.Module, second: nn.Module) -> None:
     [
         ("SGD", "eager", {}, 5, 2),
         ("AdamW", "eager", {}, SAMPLES, 1),
-        ("AdamW", "inductor", {"dynamic": True}, 5, 1),
+        ("AdamW", "inductor", {"dynamic": True}, 4, 2),
     ],
 )
 def test_forward_backward_and_update_are_one_graph(

@@ -26,10 +26,9 @@ def filtered(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """
     count, height, channels, width = images.shape
     views = rows.shape[1]
-    with autocast_disabled(images.device):
-        low = _product(rows.flatten(1, 2), images.reshape(count, height, channels * width))
-        crops = low.view(count * views, rows.shape[2] * channels, width)
-        crops = _product(crops, columns.flatten(0, 1).mT)
+    low = _product(rows.flatten(1, 2), images.reshape(count, height, channels * width))
+    crops = low.view(count * views, rows.shape[2] * channels, width)
+    crops = _product(crops, columns.flatten(0, 1).mT)
     return crops.view(count, views, rows.shape[2], channels, columns.shape[2])
 
 
@@ -47,12 +46,15 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(left: Tensor, right: Tensor) -> Tensor:
-        if not _may_be_rounded(left):
-            return left @ right
-        left_high, right_high = _first_11_bits(left), _first_11_bits(right)
-        correction = torch.bmm(left_high, right - right_high)
-        correction = torch.baddbmm(correction, left - left_high, right_high)
-        return torch.baddbmm(correction, left_high, right_high)
+        # Here and not around the call, since a compiler traces the backward pass under the autocast
+        # of the call.
+        with autocast_disabled(left.device):
+            if not _may_be_rounded(left):
+                return left @ right
+            left_high, right_high = _first_11_bits(left), _first_11_bits(right)
+            correction = torch.bmm(left_high, right - right_high)
+            correction = torch.baddbmm(correction, left - left_high, right_high)
+            return torch.baddbmm(correction, left_high, right_high)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
