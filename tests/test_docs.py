@@ -120,7 +120,7 @@ def test_sections_of_prose_are_paragraphs(pages: dict[str, str]) -> None:
 
 
 def test_the_table_of_the_matrix_is_in_the_page(pages: dict[str, str]) -> None:
-    cells = re.findall(r"<td><p>(.+?)</p></td>", pages["start"])
+    cells = re.findall(r"<td><p>(.+?)</p></td>", pages["precision"])
     for component in json.loads((ROOT / "docs" / "matrix.json").read_text("utf-8"))["cells"]:
         modes = "4 of 4" if component in FORWARD_ONLY else "11 of 11"
         row = cells[cells.index(component) :][:9]
