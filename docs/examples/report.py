@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import evaluation
 import numpy as np
 from matplotlib.figure import Figure
 from pictures import BLUE, GREY, RED, tidy
@@ -36,10 +37,7 @@ def accuracy(column: str) -> Callable[[dict[str, Any]], float]:
 
 
 COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
-    "linear_10": ("linear, 10 labels a class", accuracy("linear_10")),
-    "knn_10": ("1-NN, 10 labels a class", accuracy("knn_10")),
-    "linear": ("linear, all labels", accuracy("linear")),
-    "knn": ("5-NN, all labels", accuracy("knn")),
+    **{column: (label, accuracy(column)) for column, label in evaluation.COLUMNS.items()},
     "same_codes": ("codes as of all images at once", lambda result: result["same_codes"]),
     "perplexity": ("perplexity", lambda result: result["epochs"]["perplexity"][-1]),
     "minutes": ("processor minutes", lambda result: result["seconds"]["training, processor"] / 60),
