@@ -6,9 +6,9 @@ and its gradient are ::
     e = n · logsumexp(S/τ) - ⟨T, S⟩/τ
     ∂e/∂S = -(T - n · softmax(S/τ)) / τ
 
-The residual T - n · softmax(S/τ) lies in the memory of the softmax. Its entries are of the order of
-1. The backward pass applies the remaining factors in float32; in half precision they would flush
-many entries to zero.
+The residual T - n · softmax(S/τ) lies in the memory of the exponentials. Its entries are of the
+order of 1. The backward pass applies the remaining factors in float32; in half precision they would
+flush many entries to zero.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ObservedRows(NamedTuple):
         entropies: (V, b) of the predictions, in nats; not finite if the row of scores has a NaN,
             +inf, or -inf only.
         code_entropies: (A, b) of the codes; not finite if the row is not.
-        code_usage: (K,), the sum over rows of the codes.
+        code_usage: (K,), the sum over rows of the codes, zeros at first.
         weight: (b,), given, the weights in that sum.
     """
 
@@ -100,27 +100,37 @@ def prediction_errors(
         logits = torch.empty(scores.shape, dtype=dtype, device=scores.device)
     scaled_sum(shift, scores, inverse_temperature, out=logits)  # at most 0, up to rounding
     agreements = [_agreement(target, logits[target.views]) for target in targets]
-    predictions = torch.softmax(logits, dim=-1, out=logits if observed is None else memory)
-    # logsumexp is the largest logit minus the logarithm of its softmax.
-    log_sums = scaled_sum(shift, largest, inverse_temperature)
-    log_sums = (log_sums - predictions.amax(dim=-1, keepdim=True).log_()).squeeze(-1)  # (v, b)
+    exponentials = torch.exp(logits, out=logits if observed is None else memory)
+    sums = exponentials.sum(dim=-1)  # (v, b)
+    log_sums = sums.log()
     if observed is not None:
         # 0 · -inf is 0 here too.
-        torch.sub(log_sums, logits.mul_(predictions).nansum(dim=-1), out=observed.entropies)
-    gains = [
-        torch.addcmul(
-            agreement, target.mass, _over_views(log_sums[target.views], target.mass), value=-1
-        )
-        for target, agreement in zip(targets, agreements, strict=True)
-    ]
+        weighted = logits.mul_(exponentials).nansum(dim=-1).div_(sums)
+        torch.sub(log_sums, weighted, out=observed.entropies)
+    mass = _mass_of_views(targets, len(scores))  # (v, b)
     if residual is not None:
+        factor = (mass / sums).unsqueeze(-1)
         for target in targets:
-            _residual(predictions[target.views], target, logits[target.views])
+            views = target.views
+            _residual(exponentials[views], target, factor[views], logits[views])
         if scale is not None:
             logits.mul_(scale.unsqueeze(-1))
         if logits is not residual:
             residual.copy_(logits)
-    return reduce(torch.add, gains).neg_()
+    return _over_views(mass * log_sums, mass[0]) - reduce(torch.add, agreements)
+
+
+def _mass_of_views(targets: Sequence[Target], views: int) -> Tensor:
+    """Return the masses (v, b) of the targets of each view."""
+    if len(targets) == 1:
+        return targets[0].mass.expand(views, -1)
+    counts = [
+        1 if isinstance(target.views, int) else len(range(views)[target.views])
+        for target in targets
+    ]
+    return torch.cat(
+        [target.mass.expand(count, -1) for target, count in zip(targets, counts, strict=True)]
+    )
 
 
 def _agreement(target: Target, logits: Tensor) -> Tensor:
@@ -140,18 +150,19 @@ def _over_views(values: Tensor, like: Tensor) -> Tensor:
     return values[0] if len(values) == 1 else values.sum(dim=0)
 
 
-def _residual(predictions: Tensor, target: Target, out: Tensor) -> None:
-    """Write T - n · predictions to ``out``, which may be the predictions."""
-    mass = target.mass.unsqueeze(-1)
+def _residual(exponentials: Tensor, target: Target, factor: Tensor, out: Tensor) -> None:
+    """Write T - factor · exponentials to ``out``, which may be the exponentials."""
     if target.values.is_floating_point():
-        torch.addcmul(target.values, predictions, mass, value=-1, out=out)
+        torch.addcmul(target.values, exponentials, factor, value=-1, out=out)
     else:
-        torch.mul(predictions, -mass, out=out).scatter_add_(-1, target.values.unsqueeze(-1), mass)
+        mass = target.mass.unsqueeze(-1)
+        torch.mul(exponentials, -factor, out=out).scatter_add_(
+            -1, target.values.unsqueeze(-1), mass
+        )
 
 
 def observe_codes(codes: Tensor | Sequence[Tensor], observed: ObservedRows, memory: Tensor) -> None:
-    """Overwrite the entropies and the usage of A codes (b, K), and ``memory`` (b, K)."""
-    observed.code_usage.zero_()
+    """Overwrite the entropies of A codes (b, K) and ``memory`` (b, K), and add to the usage."""
     for code, entropies in zip(codes, observed.code_entropies, strict=True):
         entropies.copy_(row_entropies(code, memory))
         weight = valid_weights(entropies, observed.weight).unsqueeze(-1)

@@ -43,10 +43,12 @@ __all__ = ["SwappedPredictionLoss", "swapped_prediction_loss"]
 
 Views = Tensor | Sequence[Tensor]  # (V, b, K), or V tensors (b, K)
 
-# Views of up to so many scores are computed at once, in one temporary if the residual is narrower
-# than float32: fewer operations, for 0.7 of the time at 8×64×300. A CPU takes more of them one by
-# one, since a view then stays in the cache.
-_SCORES_AT_ONCE_ON_CPU, _SCORES_AT_ONCE = 2**21, 2**25
+# Views of up to so many scores are computed at once: fewer operations, for 0.7 of the time at
+# 8×64×300. Of more, some samples at a time, for less temporary memory. A CPU then takes the views
+# one by one, in blocks that stay in its cache.
+_SCORES_AT_ONCE_ON_CPU, _SCORES_AT_ONCE = 2**21, 2**24
+_SCORES_OF_A_BLOCK_ON_CPU = 2**20  # of one view
+_LEAST_BLOCKS = 8
 
 
 def swapped_prediction_loss(
@@ -200,6 +202,35 @@ def errors_of_samples(
             (b,), if there is one; may be the ``scores`` themselves.
         observed: Overwritten, if rows are observed.
     """
+    blocks = _blocks(scores)
+    if len(blocks) == 1:
+        return _errors_of_block(
+            scores, codes, inverse_temperature, sample_weight, residuals, observed
+        )
+    results = [
+        _errors_of_block(
+            _rows_of_views(scores, rows),
+            _rows_of_views(codes, rows),
+            inverse_temperature,
+            None if sample_weight is None else sample_weight[rows],
+            None if residuals is None else _rows_of_views(residuals, rows),
+            None if observed is None else _observed_rows(observed, rows),
+        )
+        for rows in blocks
+    ]
+    errors, scales = zip(*results, strict=True)
+    return torch.cat(errors), None if scales[0] is None else torch.cat(scales)
+
+
+def _errors_of_block(
+    scores: Views,
+    codes: Views,
+    inverse_temperature: float | Tensor,
+    sample_weight: Tensor | None,
+    residuals: Views | None,
+    observed: ObservedRows | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return :func:`errors_of_samples` of some samples."""
     dtype = at_least_float32(scores[0].dtype)
     zero_weight_mask = None if sample_weight is None else sample_weight == 0
     masses: Views
@@ -209,17 +240,20 @@ def errors_of_samples(
     else:
         codes = [code.to(dtype) for code in codes]
         masses = [code.sum(dim=-1) for code in codes]
-    of_all = Target(slice(None), _sum(codes), _sum(masses))
-    scale = residual_scale(of_all.mass, scores[0].dtype)
+    total_mass = _sum(masses)
+    of_all = None
+    if len(scores) > len(codes):
+        of_all = Target(slice(None), _sum(codes), total_mass)
+    scale = residual_scale(total_mass, scores[0].dtype)
     errors: list[Tensor] = []
     alone = len(codes) == 1  # the first view has nothing to predict
     groups = _groups(scores, int(alone))
     memory = None
     if observed is not None:
-        memory = empty((len(groups[0]), *of_all.values.shape), dtype, scores[0])
+        memory = empty((len(groups[0]), *codes[0].shape), dtype, scores[0])
         observe_codes(codes, observed, memory[0])
         if alone:
-            nothing = Target(0, torch.zeros_like(codes[0]), torch.zeros_like(of_all.mass))
+            nothing = Target(0, torch.zeros_like(codes[0]), torch.zeros_like(total_mass))
             prediction_errors(
                 _together(scores, range(1)),
                 [nothing],
@@ -251,6 +285,29 @@ def errors_of_samples(
     return total, scale
 
 
+def _blocks(scores: Views) -> list[slice]:
+    """Return the samples that are computed at a time."""
+    views, (samples, prototypes) = len(scores), scores[0].shape
+    if torch.compiler.is_compiling():  # which needs no temporaries
+        return [slice(None)]
+    if on_cpu(scores[0]):
+        limit, rows = _SCORES_AT_ONCE_ON_CPU, _SCORES_OF_A_BLOCK_ON_CPU // prototypes
+    else:
+        limit = _SCORES_AT_ONCE
+        rows = min(limit // (views * prototypes), samples // _LEAST_BLOCKS)
+    if views * samples * prototypes <= limit:
+        return [slice(None)]
+    rows = max(rows, 1)
+    return [slice(start, start + rows) for start in range(0, samples, rows)]
+
+
+def _rows_of_views(views: Views, rows: slice) -> Views:
+    """Return some samples of all views."""
+    if isinstance(views, Tensor):
+        return views[:, rows]
+    return [view[rows] for view in views]
+
+
 def _groups(scores: Views, first: int) -> list[range]:
     """Return the views, from the first one, that are computed at a time: all or each."""
     views = range(first, len(scores))
@@ -274,13 +331,21 @@ def _rows_of(observed: ObservedRows, group: range) -> ObservedRows:
     return observed._replace(nearest=observed.nearest[views], entropies=observed.entropies[views])
 
 
-def _targets(codes: Views, masses: Views, of_all: Target, group: range) -> list[Target]:
+def _observed_rows(observed: ObservedRows, rows: slice) -> ObservedRows:
+    """Return the rows of some samples, with the usage by all."""
+    nearest, entropies, code_entropies, code_usage, weight = observed
+    return ObservedRows(
+        nearest[:, rows], entropies[:, rows], code_entropies[:, rows], code_usage, weight[rows]
+    )
+
+
+def _targets(codes: Views, masses: Views, of_all: Target | None, group: range) -> list[Target]:
     """Return the targets of the views of a group: all other codes."""
     targets = []
     for view in range(group.start, min(group.stop, len(codes))):
         values, mass = (_sum([*each[:view], *each[view + 1 :]]) for each in (codes, masses))
         targets.append(Target(view - group.start, values, mass))
-    if group.stop > len(codes):
+    if of_all is not None and group.stop > len(codes):
         targets.append(of_all._replace(views=slice(len(targets), None)))
     return targets
 

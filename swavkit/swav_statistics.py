@@ -10,12 +10,10 @@ from torch import Tensor
 
 from swavkit import _checks
 from swavkit._prediction_errors import ObservedRows, valid_weights
-from swavkit._tensors import at_least_float32, autocast_disabled, on_cpu, traceable
+from swavkit._tensors import at_least_float32, autocast_disabled, traceable
 from swavkit.swapped_prediction import Views, check_pairing, errors_of_samples
 
 __all__ = ["SwAVStatistics", "cluster_statistics"]
-
-_SCORES_OF_A_BLOCK = 2**23
 
 
 class SwAVStatistics(NamedTuple):
@@ -90,19 +88,11 @@ def cluster_statistics(
     _checks.known_setting("temperature", temperature, score_views[0].device)
     if sample_weight is not None:
         _checks.weight("sample_weight", sample_weight, (score_views[0].shape[:1],), score_views[0])
-    statistics = no_statistics(score_views[0])
     with torch.no_grad(), autocast_disabled(score_views[0].device):
         inverse_temperature = 1 / traceable(temperature, score_views[0].device)
-        for rows in _blocks(len(score_views), score_views[0]):
-            block: Views = [view[rows] for view in score_views]
-            if isinstance(scores, Tensor):
-                block = scores[:, rows]  # whose views are computed together
-            block_codes = [code[rows] for code in code_views]
-            weight = None if sample_weight is None else sample_weight[rows]
-            observed = rows_to_observe(block, block_codes, weight)
-            errors_of_samples(block, block_codes, inverse_temperature, weight, None, observed)
-            statistics = added(statistics, block_statistics(observed))
-    return statistics
+        observed = rows_to_observe(scores, code_views, sample_weight)
+        errors_of_samples(scores, code_views, inverse_temperature, sample_weight, None, observed)
+        return block_statistics(observed)
 
 
 def rows_to_observe(
@@ -119,7 +109,7 @@ def rows_to_observe(
         nearest=torch.empty(len(scores), samples, dtype=torch.int64, device=device),
         entropies=weight.new_empty(len(scores), samples),
         code_entropies=weight.new_empty(len(codes), samples),
-        code_usage=weight.new_empty(prototypes),
+        code_usage=weight.new_zeros(prototypes),
         weight=weight,
     )
 
@@ -165,11 +155,3 @@ def no_statistics(scores: Tensor) -> SwAVStatistics:
 def added(statistics: SwAVStatistics, others: SwAVStatistics) -> SwAVStatistics:
     """Return the statistics of the samples of both."""
     return SwAVStatistics(*map(torch.add, statistics, others))
-
-
-def _blocks(views: int, scores: Tensor) -> list[slice]:
-    """Return the samples that are observed at a time; on a CPU, few enough for little memory."""
-    if not on_cpu(scores):
-        return [slice(None)]
-    size = max(_SCORES_OF_A_BLOCK // (views * scores.shape[-1]), 1)
-    return [slice(start, start + size) for start in range(0, len(scores), size)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -84,6 +85,34 @@ class LargestTensor(TorchDispatchMode):
         if isinstance(result, torch.Tensor) and result.dtype == self.dtype:
             self.numel = max(self.numel, result.numel())
         return result
+
+
+class LiveStorage(TorchDispatchMode):
+    """Adds up the bytes of all storages that operations make, and notes the largest sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = {id(storage) for storage in storages_of((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for storage in storages_of(result):
+            key = id(storage)  # of an object that lives as long as the memory
+            if key not in given and key not in self.sizes:
+                self.sizes[key] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, key)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return result
+
+
+def storages_of(tree: Any) -> list[torch.UntypedStorage]:
+    """Return the memory of all tensors."""
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    return [tensor.untyped_storage() for tensor in tensors]
 
 
 class RoundedProducts(TorchDispatchMode):

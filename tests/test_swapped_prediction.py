@@ -24,7 +24,7 @@ from swavkit import (
 )
 from tests import oracles, tolerances
 from tests.bad_input import BAD_SAMPLE_WEIGHTS
-from tests.modes import CountingBackend, LargestTensor
+from tests.modes import CountingBackend, LargestTensor, LiveStorage
 from tests.signatures import described
 from tests.strategies import LossProblem, loss_problems, permutations, reals
 
@@ -288,6 +288,63 @@ def test_no_gradient_is_formed_that_nobody_needs(
         loss = swapped_prediction_loss(scores, codes)
     assert loss.requires_grad == needed
     assert largest.numel == (scores.numel() if needed else codes[0].numel())
+
+
+@pytest.mark.parametrize("form", [torch.stack, list])
+@pytest.mark.parametrize("at_once", [0, 10**6])  # views in one block
+@ANY_SHAPE
+@ANY_DTYPE
+def test_blocks_of_samples_have_the_loss_and_the_gradient_of_all(
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    views: int,
+    code_views: int,
+    at_once: int,
+    form: Callable[..., Any],
+) -> None:
+    rows = {"_blocks": lambda scores: [slice(0, 3), slice(3, 6), slice(6, 7)]}
+    limits = dict.fromkeys(["_SCORES_AT_ONCE", "_SCORES_AT_ONCE_ON_CPU"], at_once)
+    for name, value in {**rows, **limits}.items():
+        monkeypatch.setattr(swapped_prediction, name, value)
+    problem = problem_of(views, code_views, samples=7, seed=views)
+    leaf = torch.tensor(problem.scores).to(device, dtype).requires_grad_()
+    codes = torch.tensor(problem.codes).to(device, dtype)
+    weight = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 0.0, 3.0], dtype=torch.float64, device=device)
+    loss = swapped_prediction_loss(form(leaf.unbind()), form(codes.unbind()), sample_weight=weight)
+    loss.backward()
+    exact = (leaf.double().detach().cpu().numpy(), codes.double().cpu().numpy(), 0.1)
+    weight = weight.cpu().numpy()
+    expected = oracles.loss(*exact, weight)
+    assert loss.item() == pytest.approx(expected, rel=tolerances.ATOL[loss.dtype])
+    np.testing.assert_allclose(
+        leaf.grad.double().cpu().numpy(),
+        oracles.loss_gradient(*exact) * (len(weight) * weight / weight.sum())[:, None],
+        rtol=4 * tolerances.ATOL[dtype],
+        atol=4 * tolerances.ATOL[dtype],
+    )
+
+
+@pytest.mark.parametrize("samples", [64, 256, 4096])
+@pytest.mark.parametrize("kind", ["cpu", "meta"])
+def test_blocks_are_all_samples_once(kind: str, samples: int) -> None:
+    scores = torch.empty(8, 1, 3000, device=kind).expand(8, samples, 3000)
+    blocks = swapped_prediction._blocks(scores)
+    assert [row for rows in blocks for row in range(samples)[rows]] == list(range(samples))
+    assert len(blocks) == {64: 1, 256: 1, 4096: 12 if kind == "cpu" else 8}[samples]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("views", [2, 8])
+def test_a_loss_of_many_scores_takes_little_more_than_its_gradient(
+    views: int, dtype: torch.dtype
+) -> None:
+    scores = torch.empty(views, 4096, 3000, dtype=dtype, device="meta", requires_grad=True)
+    codes = torch.empty(2, 4096, 3000, device="meta")
+    with LiveStorage() as memory:
+        loss = swapped_prediction_loss(scores, codes)
+    assert loss.requires_grad
+    assert scores.nbytes <= memory.peak < 1.1 * 4 * scores.numel()
 
 
 def test_a_second_derivative_is_refused() -> None:
