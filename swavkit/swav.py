@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 __all__ = ["SwAVLoss"]
 
 _COMPARED_HEADS = 8  # whose sizes are compared one by one; those of more by their sum
-
 _ONE_BY_ONE = "whether heads get their codes one by one"
 
 _ADVICE = {
@@ -353,12 +352,8 @@ class SwAVLoss(OwnState):
         )
         mean_part = part_of_mean(batch, group) if self.reduction == "global_mean" else None
         priors = self._priors(views[0].device)
-        parts = (
-            batch,
-            [Head(*parts) for parts in zip(heads, code_heads, priors, strict=True)],
-            self.sinkhorn,
-            self.loss,
-        )
+        of_heads = [Head(*parts) for parts in zip(heads, code_heads, priors, strict=True)]
+        parts = (batch, of_heads, self.sinkhorn, self.loss)
         if isinstance(heads[0], ShardedPrototypeLayer):
             results = sharded_head_losses(*parts, group, memory=self.memory)
         else:
@@ -419,6 +414,11 @@ class SwAVLoss(OwnState):
             details=details,
             statistics=statistics,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SwAVLoss:
+        super()._apply(fn, recurse)
+        self._priors(self.steps.device)  # If a compiled call moved them, it would compile again.
+        return self
 
     def _priors(self, device: torch.device) -> list[Tensor | None]:
         """Return the relative masses of the prototypes of each head, moved to ``device`` once."""

