@@ -18,8 +18,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from swavkit.sinkhorn import triton_codes
+from swavkit import sinkhorn_knopp
+from swavkit.sinkhorn import at_once, triton_codes
 from swavkit.sinkhorn.kernel import SCALINGS_OF_ONE_KERNEL
 from swavkit.sinkhorn.triton_codes import codes_by_triton, supports
 from tests import oracles, tolerances
@@ -222,6 +224,41 @@ def test_what_is_not_supported() -> None:
         assert not supports(scores.double(), 3)
         assert not supports(scores.mT, 3)
         assert not supports(scores[:, :0], 3)
+
+
+@pytest.mark.cuda
+def test_the_codes_need_little_more_than_their_own_memory() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    scores = torch.rand(2, 256, 3000, device="cuda")
+    codes_by_triton(scores, EPSILON, 3)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    codes_by_triton(scores, EPSILON, 3)
+    assert torch.cuda.max_memory_allocated() - before < 1.05 * scores.nbytes
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
+def test_torch_computes_the_codes_where_triton_cannot(error: type[Exception]) -> None:
+    calls = []
+
+    def fails(*_: object) -> None:
+        calls.append(error)
+        raise error("Failed to find C compiler")
+
+    kernels = patch.multiple(
+        triton_codes, codes_by_triton=fails, supports=lambda *_: True, usable=True
+    )
+    with kernels, patch.object(at_once, "BACKEND", "triton"), FakeTensorMode():
+        scores = torch.empty(4, 5, device="cuda")  # no device is needed
+        if error is torch.OutOfMemoryError:
+            with pytest.raises(error):
+                sinkhorn_knopp(scores)
+            return
+        with pytest.warns(UserWarning, match=r"Triton cannot run .* Failed to find C compiler"):
+            assert sinkhorn_knopp(scores).shape == (4, 5)
+        assert sinkhorn_knopp(scores).is_cuda
+    assert len(calls) == 1
 
 
 def test_triton_is_not_imported_along_with_the_package() -> None:
