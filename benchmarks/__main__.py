@@ -65,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report: dict[str, Any] = {"environment": environment(device), "quick": options.quick}
     report["results"] = []
     others = RANKS if device.type == "cuda" else bench_device.NAME
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "benchmarks.json"
     for name in options.suites or [name for name in NAMES if name != others]:
         if name == KERNELS:
             report[KERNELS] = count()
@@ -76,10 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             report[RANKS] = share(quick=options.quick)
         else:
             report["results"] += run(SUITES[name], quick=options.quick, device=device)
-
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "benchmarks.json"
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
     if report["results"] and importlib.util.find_spec("matplotlib"):
         from benchmarks.plots import plot, plot_against_prototypes
@@ -97,7 +96,7 @@ def run(suite: Suite, *, quick: bool, device: torch.device) -> list[dict[str, An
     for problem in (suite.quick,) if quick else suite.cases:
         title = f"{suite.name}: {problem}"
         # Times on a device vary less.
-        seconds = 0.1 if quick else 4 if device.type == "cpu" else 0.5
+        seconds = 0.1 if quick else 4 if device.type == "cpu" else 0.3
         rows = measure(suite, problem, seconds=seconds, device=device)
         print(title, table(rows), sep="\n")
         results += [{"title": title, **row} for row in rows]

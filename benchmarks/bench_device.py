@@ -64,6 +64,7 @@ def marked_tests(output: Path) -> Row:
     command += [f"--numprocesses={processes}", "--matrix", str(output.resolve() / "matrix.json")]
     command += ["-p", "no:benchmark", "-p", "no:cacheprovider", "tests"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment["COLUMNS"] = "300"  # for the errors of the summary
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     lines = run.stdout.splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]

@@ -24,7 +24,7 @@ NAME = "multicrop"
 BATCH = 16
 WORKERS = 2
 BATCH_ON_DEVICE = 128
-TOLERANCE = 1e-4  # of pixels in [0, 1]
+TOLERANCE, TOLERANCE_ON_DEVICE = 1e-4, 2e-4  # of pixels in [0, 1]
 
 Row = dict[str, Any]
 
@@ -90,8 +90,10 @@ def on_device(images: Sequence[Any], device: torch.device) -> dict[str, Any]:
     pixels = MultiCropTransform(transform.crops, mean=0.0, std=1.0)  # crops in [0, 1]
     differences = zip(pixels(batch[:16], seed=0), pixels(there[:16], seed=0), strict=True)
     error = max((one - other.cpu()).abs().max().item() for one, other in differences)
-    if not error <= TOLERANCE:
-        raise ValueError(f"crops must be within {TOLERANCE:g} of those of a CPU, got {error:g}")
+    if not error <= TOLERANCE_ON_DEVICE:
+        raise ValueError(
+            f"crops must be within {TOLERANCE_ON_DEVICE:g} of those of a CPU, got {error:g}"
+        )
     calls: dict[str, Callable[[], object]] = {
         "swavkit": lambda: transform(there),
         "swavkit, no photometric step": lambda: plain(there),
