@@ -136,9 +136,10 @@ def _mass_of_views(targets: Sequence[Target], views: int) -> Tensor:
 def _agreement(target: Target, logits: Tensor) -> Tensor:
     """Return Σ_v ⟨T, logits_v⟩ of the views of a target, (b,)."""
     if target.values.is_floating_point():
-        logits = _over_views(logits, target.values)
+        total = _over_views(logits, target.values)
+        new = logits.dim() > total.dim() and len(logits) > 1  # and not a view
         # 0 · -inf is 0 here. What else is NaN makes the mass or the largest score NaN.
-        return (target.values * logits).nansum(dim=-1)
+        return torch.mul(total, target.values, out=total if new else None).nansum(dim=-1)
     indices = target.values.unsqueeze(-1)
     return target.mass * logits.gather(-1, indices).squeeze(-1)
 
