@@ -265,8 +265,8 @@ def _mirrored(kernel: Tensor, length: int) -> Tensor:
     radius = kernel.shape[1] // 2
     period = max(1, 2 * (length - 1))
     offsets = torch.arange(-radius, radius + 1, device=kernel.device)
-    source = torch.arange(length, device=kernel.device)[:, None] + offsets
-    source = length - 1 - (length - 1 - source.remainder(period)).abs()
+    source = (torch.arange(length, device=kernel.device)[:, None] + offsets).remainder(period)
+    source = torch.where(source < length, source, period - source)
     shape = (len(kernel), length, kernel.shape[1])
     weights = kernel.new_zeros(len(kernel), length, length)
     return weights.scatter_add(2, source.expand(shape), kernel[:, None].expand(shape))
