@@ -408,6 +408,7 @@ def test_the_default_dtype_changes_nothing() -> None:
     assert torch.equal(masses, expected)
 
 
+@settings(max_examples=15)  # of hundreds of iterations each
 @given(seeds, st.sampled_from([0.5, 1.0]), exponents)
 def test_codes_converge_to_the_prior(seed: int, epsilon: float, exponent: float) -> None:
     scores = torch.tensor(np.random.default_rng(seed).uniform(-1, 1, (8, 5)))
