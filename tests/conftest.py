@@ -27,6 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # As plugins, and not here, they also see what is outside this folder, such as the docs.
     config.pluginmanager.register(skips, "skips")
     path = config.getoption("--matrix")
+    if path and config.option.markexpr == "not slow":  # that of pyproject.toml: the file is of all
+        config.option.markexpr = ""
     if path and not hasattr(config, "workerinput"):  # only in the process that gets all reports
         config.pluginmanager.register(matrix_file.Writer(path.resolve()), "matrix")
 

@@ -273,6 +273,7 @@ def test_bytes_are_those_of_what_operations_take_and_return() -> None:
     assert recorded.bytes == 4 * (15 + 3 + 15) + 4 * (15 + 15)
 
 
+@pytest.mark.slow
 def test_the_quick_run_reports_what_it_measured(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "--quick", "--output", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -89,7 +89,7 @@ def assert_same(first: nn.Module, second: nn.Module) -> None:
     [
         ("SGD", "eager", {}, 5, 2),
         ("AdamW", "eager", {}, SAMPLES, 1),
-        ("AdamW", "inductor", {"dynamic": True}, 4, 2),
+        pytest.param("AdamW", "inductor", {"dynamic": True}, 4, 2, marks=pytest.mark.slow),
     ],
 )
 def test_forward_backward_and_update_are_one_graph(
@@ -109,6 +109,7 @@ def test_forward_backward_and_update_are_one_graph(
     assert counting.frame_count == graphs
 
 
+@pytest.mark.slow
 def test_reduced_overhead_gives_the_results_of_eager() -> None:
     torch._dynamo.reset()
     eager = Training("SGD")

@@ -347,14 +347,17 @@ def test_a_healthy_training_gives_no_diagnosis(settings: dict[str, int]) -> None
     assert train(steps=300, **settings) == {200: [], 250: [], 300: []}
 
 
+@pytest.mark.slow
 def test_a_large_epsilon_makes_codes_uniform() -> None:
     assert worst(epsilon=0.3) == ["codes_near_uniform", "stuck_at_ln_k"]
 
 
+@pytest.mark.slow
 def test_softmax_codes_collapse() -> None:
     assert worst(form="softmax codes")[0] == "collapsed"
 
 
+@pytest.mark.slow
 def test_scores_that_are_no_cosines_make_codes_one_hot() -> None:
     def enlarge(criterion: SwAVLoss) -> None:
         criterion.prototypes.weight.mul_(10)
@@ -362,12 +365,14 @@ def test_scores_that_are_no_cosines_make_codes_one_hot() -> None:
     assert worst(form="raw scores", change=enlarge)[0] == "codes_one_hot"
 
 
+@pytest.mark.slow
 def test_views_of_different_images_disagree() -> None:
     found = worst(mixed_views=True)
     assert found[0] == "views_disagree"
     assert "stuck_at_ln_k" in found
 
 
+@pytest.mark.slow
 def test_a_bottleneck_of_one_gives_features_of_rank_one() -> None:
     def narrow(network: nn.Module) -> nn.Module:
         return nn.Sequential(network, nn.Linear(32, 1, bias=False), nn.Linear(1, 32, bias=False))
@@ -382,12 +387,14 @@ class Offset(nn.Module):
         return F.normalize(features, dim=1) + F.pad(features.new_tensor([10.0]), (0, 31))
 
 
+@pytest.mark.slow
 def test_a_large_common_offset_gives_features_of_rank_one() -> None:
     found = worst(after=lambda network: nn.Sequential(network, Offset()))
     assert found[0] == "features_of_rank_one"
     assert "codes_near_uniform" in found
 
 
+@pytest.mark.slow
 def test_prototypes_far_from_all_features_are_dead() -> None:
     def turn_away(criterion: SwAVLoss) -> None:
         criterion.prototypes.weight.abs_()[:15].neg_()
@@ -400,6 +407,7 @@ def test_prototypes_far_from_all_features_are_dead() -> None:
     assert "dead_prototypes" in found
 
 
+@pytest.mark.slow
 def test_copied_prototypes_are_duplicates() -> None:
     def copy(criterion: SwAVLoss) -> None:
         criterion.prototypes.weight[:5] = criterion.prototypes.weight[5:10]
@@ -420,11 +428,13 @@ def fill_the_queue(criterion: SwAVLoss, features: Tensor) -> None:
     criterion.queue.features = F.normalize(one + 0.02 * torch.randn(shape), dim=-1)
 
 
+@pytest.mark.slow
 def test_a_queue_that_is_not_refreshed_is_stale() -> None:
     found = worst(queue_length=256, at_step=(10, stop_the_queue))
     assert found[0] == "queue_stale"
 
 
+@pytest.mark.slow
 def test_a_queue_of_alike_features_is_found() -> None:
     found = worst(queue_length=256, at_step=(50, fill_the_queue))
     assert found[0] == "queue_alike"

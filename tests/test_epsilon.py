@@ -433,7 +433,7 @@ def prediction_of(scores: Tensor, setting: Tensor) -> Tensor:
         (weighted_codes_of, "eager"),
         (relaxed_codes_of, "eager"),
         (swapped_of, "aot_eager"),
-        (prediction_of, "inductor"),
+        pytest.param(prediction_of, "inductor", marks=pytest.mark.slow),
     ],
 )
 def test_a_schedule_of_an_argument_makes_one_graph(
@@ -453,7 +453,7 @@ def test_a_schedule_of_an_argument_makes_one_graph(
 @pytest.mark.parametrize(
     ("memory", "queue_length", "gradient", "backend", "in_place"),
     [
-        ("full", 0, False, "inductor", False),
+        pytest.param("full", 0, False, "inductor", False, marks=pytest.mark.slow),
         ("full", 10, True, "aot_eager", True),
         ("streamed", 0, True, "aot_eager", False),
     ],

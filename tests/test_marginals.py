@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -277,6 +277,7 @@ def test_the_default_device_does_not_matter() -> None:
     assert torch.equal(prior, power_law_prior(4))
 
 
+@settings(max_examples=15)  # of hundreds of iterations each
 @given(seeds, st.sampled_from([0.5, 1.0]), st.data())
 def test_converged_codes_have_no_error(seed: int, epsilon: float, data: st.DataObject) -> None:
     scores = torch.tensor(np.random.default_rng(seed).uniform(-1, 1, (8, 5)))
@@ -407,6 +408,7 @@ def test_the_default_dtype_changes_nothing() -> None:
     assert torch.equal(masses, expected)
 
 
+@settings(max_examples=15)  # of hundreds of iterations each
 @given(seeds, st.sampled_from([0.5, 1.0]), exponents)
 def test_codes_converge_to_the_prior(seed: int, epsilon: float, exponent: float) -> None:
     scores = torch.tensor(np.random.default_rng(seed).uniform(-1, 1, (8, 5)))

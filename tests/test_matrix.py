@@ -26,8 +26,17 @@ from tests.matrix import CELLS, COMPONENTS, FORWARD_ONLY, Case, Cell, Mode, arra
 BACKENDS = {torch.float32: "aot_eager"}
 
 
+# A graph takes seconds, and rarely tells of one dtype what it does not tell of float32.
+MARKED = [
+    pytest.param(component, dtype, mode, marks=pytest.mark.slow)
+    if mode.execution == "compiled" and dtype != torch.float32
+    else (component, dtype, mode)
+    for component, dtype, mode in CELLS
+]
+
+
 @pytest.mark.matrix
-@pytest.mark.parametrize(("component", "dtype", "mode"), CELLS, ids=str)
+@pytest.mark.parametrize(("component", "dtype", "mode"), MARKED, ids=str)
 def test_a_cell_of_the_matrix(
     device: torch.device, component: str, dtype: torch.dtype, mode: Mode
 ) -> None:

@@ -15,6 +15,7 @@ def test_it_has_at_most_60_lines() -> None:
     assert len(EXAMPLE.read_text("utf-8").splitlines()) <= 60
 
 
+@pytest.mark.slow
 def test_it_learns_in_a_quarter_of_its_epochs(capsys: pytest.CaptureFixture[str]) -> None:
     settings = "SEED, EPOCHS, BATCH_SIZE = 0, {}, 64"
     source = EXAMPLE.read_text("utf-8")

@@ -47,6 +47,7 @@ def test_the_loss_contrasts_every_crop_with_both_full_ones(simclr):
     assert simclr.multi_crop_nt_xent(features).item() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_simclr_learns_with_multi_crop(simclr, capsys):
     results = simclr.main(["--data", "digits", "--epochs", "3", "--batch-size", "128"])
     # 14 points were seen; a training that does not start gains nothing.

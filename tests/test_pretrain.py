@@ -97,6 +97,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     return output, shown, progress
 
 
+@pytest.mark.slow
 def test_a_run_shows_its_progress_and_a_table(unbroken: tuple[Path, str, str]) -> None:
     _, shown, progress = unbroken
     assert "1437 training and 360 test images of 1x8x8" in shown
@@ -111,6 +112,7 @@ def test_a_run_shows_its_progress_and_a_table(unbroken: tuple[Path, str, str]) -
         assert f"drawing {picture}" in progress
 
 
+@pytest.mark.slow
 def test_a_run_writes_what_it_says(unbroken: tuple[Path, str, str]) -> None:
     output, _, _ = unbroken
     assert sorted(path.name for path in output.iterdir()) == sorted(
@@ -141,6 +143,7 @@ def test_a_run_writes_what_it_says(unbroken: tuple[Path, str, str]) -> None:
         assert all(10 < accuracy <= 100 for accuracy in metrics["accuracies"][row].values())
 
 
+@pytest.mark.slow
 def test_its_checkpoint_gives_encoder_head_and_prototypes(
     unbroken: tuple[Path, str, str], example
 ) -> None:
@@ -155,12 +158,14 @@ def test_its_checkpoint_gives_encoder_head_and_prototypes(
     assert torch.equal(prototypes.weight, weight)
 
 
+@pytest.mark.slow
 def test_it_learns_at_a_tiny_size_already(unbroken: tuple[Path, str, str]) -> None:
     accuracies = metrics_of(unbroken[0])["accuracies"]
     gain = accuracies["trained encoder"]["linear_10"] - accuracies["random encoder"]["linear_10"]
     assert gain > 4  # 11 points were seen; a training that does not start loses some
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_numbers(
     unbroken: tuple[Path, str, str], tmp_path: Path, main, example, monkeypatch, capsys
 ) -> None:
@@ -183,6 +188,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(
         assert metrics[name] == expected[name]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_figures_goes_on(
     unbroken: tuple[Path, str, str], tmp_path: Path, main, example, monkeypatch
 ) -> None:
@@ -199,6 +205,7 @@ def test_a_checkpoint_without_figures_goes_on(
     assert not (tmp_path / "clusters.png").exists()
 
 
+@pytest.mark.slow
 def test_resume_refuses_other_settings_and_other_files(
     unbroken: tuple[Path, str, str], tmp_path: Path, main, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,6 +236,7 @@ FOLDER_RUN = [
 UNIFORM_CODES = ["--epsilon", "1", "--warmup-steps", "0", "--freeze-steps", "0"]
 
 
+@pytest.mark.slow
 def test_torchrun_trains_two_processes_stops_them_together_and_goes_on_with_two(
     tmp_path: Path, main, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -566,6 +574,7 @@ def test_a_learning_rate_of_a_billion_ends_with_status_3(tmp_path: Path, main, c
     assert "try a smaller --learning-rate" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_folder_without_room_is_told_of_before_the_first_epoch(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource", reason="resource is not installed")
     process = start(tmp_path / "out", *TINY)
@@ -598,6 +607,7 @@ def test_a_disk_that_fills_up_leaves_no_half_file(
     assert not any(name.endswith(".unfinished") for name in names)
 
 
+@pytest.mark.slow
 def test_a_second_run_into_the_folder_is_refused(
     unbroken: tuple[Path, str, str], tmp_path: Path, quick, capsys
 ) -> None:
@@ -613,6 +623,7 @@ def test_a_second_run_into_the_folder_is_refused(
     assert metrics_of(tmp_path)["settings"]["epochs"] == 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_names_resume(tmp_path: Path) -> None:
     # A background job ignores the signal, and its children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)

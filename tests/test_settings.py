@@ -99,7 +99,8 @@ def test_a_changed_setting_is_that_of_a_new_module(route: str) -> None:
 @pytest.mark.parametrize(
     ("memory", "gradient", "backend"),
     [
-        ("full", False, "inductor"),  # the one that held on to an old number
+        # The one that held on to an old number
+        pytest.param("full", False, "inductor", marks=pytest.mark.slow),
         ("full", True, "aot_eager"),
         ("streamed", True, "aot_eager"),
     ],
@@ -138,11 +139,11 @@ def relaxed_codes_of_scores(scores: Tensor, setting: float) -> Tensor:
 @pytest.mark.parametrize(
     ("function", "dynamic", "backend"),
     [
-        (loss_of_scores, None, "inductor"),
+        pytest.param(loss_of_scores, None, "inductor", marks=pytest.mark.slow),
         (loss_of_scores, True, "eager"),
         (codes_of_scores, None, "aot_eager"),
         (codes_of_scores, True, "eager"),
-        (relaxed_codes_of_scores, None, "inductor"),
+        pytest.param(relaxed_codes_of_scores, None, "inductor", marks=pytest.mark.slow),
     ],
 )
 def test_a_compiled_function_sees_each_value_of_a_setting(
@@ -211,8 +212,8 @@ def call_of(name: str) -> tuple[Callable[..., Any], Callable[[int, bool], tuple[
     ("name", "dynamic"),
     [
         ("loss", None),
-        ("loss with a queue", True),
-        ("loss of views", None),
+        pytest.param("loss with a queue", True, marks=pytest.mark.slow),
+        pytest.param("loss of views", None, marks=pytest.mark.slow),
         ("loss of scores", True),
         ("codes", None),
         ("codes with a prior", True),

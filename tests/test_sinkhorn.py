@@ -14,7 +14,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -396,6 +396,7 @@ def test_an_absent_sample_without_finite_scores_gets_zeros(
     assert_codes(codes[torch.tensor(present, device=device)], expected, epsilon=0.05)
 
 
+@settings(max_examples=15)  # of hundreds of iterations each
 @given(seeds, st.sampled_from([0.5, 1.0]), st.data())
 def test_the_mean_code_converges_to_the_masses_of_the_prototypes(
     seed: int, epsilon: float, data: st.DataObject

@@ -20,7 +20,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -240,6 +240,7 @@ def test_few_or_many_samples_and_prototypes_have_the_codes_of_the_equations(
             assert_codes(codes, expected, epsilon=epsilon, largest=1, case=(dtype, iterations))
 
 
+@pytest.mark.slow
 def test_all_prototypes_but_one_near_a_single_sample_for_up_to_a_hundred_iterations(
     device: torch.device,
 ) -> None:
@@ -615,7 +616,6 @@ logarithms_of_epsilon = st.floats(-3, 1)
 any_iterations = st.integers(1, 100)
 
 
-@settings(max_examples=150)
 @given(st.data(), st.sampled_from(tolerances.DTYPES), logarithms_of_epsilon, any_iterations)
 def test_any_problem_at_any_corner_has_the_codes_of_the_equations(
     data: st.DataObject, dtype: torch.dtype, logarithm: float, iterations: int
@@ -656,7 +656,6 @@ def test_any_problem_at_any_corner_has_the_codes_of_the_equations(
     assert_codes(codes, expected, epsilon=epsilon, largest=scores.abs().max().item())
 
 
-@settings(max_examples=100)
 @given(
     st.data(),
     st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
@@ -1036,7 +1035,11 @@ def test_any_weights_over_many_decades_have_the_codes_of_the_equations(
 # Long rows
 
 
-@pytest.mark.parametrize("shape", [(2, 10**6), (8, 10**6 + 3), (3, 10**5)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 10**6), pytest.param((8, 10**6 + 3), marks=pytest.mark.slow), (3, 10**5)],
+    ids=str,
+)
 def test_long_rows_are_as_accurate_as_short_ones(
     device: torch.device, shape: tuple[int, int]
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -247,6 +247,7 @@ def test_a_small_relaxation_keeps_a_prototype_of_mass_zero_absent(
     assert_codes(codes, expected, epsilon=2.0)
 
 
+@settings(max_examples=15)  # of hundreds of iterations each
 @given(seeds, st.sampled_from([0.1, 1.0, 3.0]), st.sampled_from([0.5, 1.0]), st.data())
 def test_converged_masses_have_the_price_of_their_divergence(
     seed: int, relaxation: float, epsilon: float, data: st.DataObject

@@ -300,7 +300,7 @@ def test_it_is_the_full_loss_and_that_of_the_equations(precision: Precision) -> 
     dtype, narrowest = precision.dtype, precision.narrowest
     low = narrowest.itemsize == 2
 
-    @settings(max_examples=80 if dtype == torch.float64 else 20)
+    @settings(max_examples=60 if dtype == torch.float64 else 10)
     @given(problems(low=low, discrete=dtype == torch.float64))
     def check(problem: Problem) -> None:
         generator = torch.Generator().manual_seed(problem.seed)

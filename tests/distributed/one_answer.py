@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from swavkit import SwAVLoss
 from tests.ranks import Ranks
 
-VIEWS, INPUTS, STEPS = 3, 6, 10
+VIEWS, INPUTS, STEPS = 3, 6, 6
 
 # Settings of the loss that change no number.
 VARIANTS: list[dict[str, Any]] = [{}, {"memory": "streamed"}]

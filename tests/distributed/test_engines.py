@@ -142,6 +142,7 @@ def test_an_engine_gives_the_answer_of_one_process(
     assert_one_answer(start_ranks(2), engine=engine, **options, **variant)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "num_prototypes", "iterations", "variant"),
     [  # each engine with both kinds of prototypes and of memory; iterations take long to compile
