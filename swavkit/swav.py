@@ -55,7 +55,7 @@ _ADVICE = {
     _ONE_BY_ONE: "they do where sinkhorn is replaced or has hooks, which must be so on all ranks",
     "steps": "load a checkpoint on every rank",
     "the checksum of the prototypes": "wrap SwAVLoss in DistributedDataParallel or fully_shard, "
-    "alone or inside the model: left bare, each rank trains prototypes of its own",
+    "alone or inside the model: without a wrapper, each rank trains its own prototypes",
 }
 
 
