@@ -48,7 +48,7 @@ class Settings:
         "bits hold 0 to 65535, or 0 to 1 in floats; transparent pixels become white",
     )
     output: str = option("runs/pretrain", "folder for metrics, checkpoint and pictures")
-    resume: bool = option(False, "continue from the checkpoint in the output folder, if there is one")
+    resume: bool = option(False, "continue from the checkpoint in the output folder, if any")
     overwrite: bool = option(False, "replace the run that the output folder holds")
     keep_going: bool = option(
         False, "continue if a diagnosis says that training is stuck or collapsed"
