@@ -236,13 +236,12 @@ def plot(steps: dict[str, list[float]], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     names = list(steps)
-    left = np.zeros(len(names))
+    left, widest = np.zeros(len(names)), 1e3 * max(map(sum, steps.values()))
     for index, step in enumerate(STEPS):
         width = np.array([max(0.0, steps[name][index]) * 1e3 for name in names])
         bars = axes.barh(names, width, left=left, label=step)
-        axes.bar_label(
-            bars, [f"{one:.1f}" for one in width], label_type="center", color="white", fontsize=8
-        )
+        labels = [f"{one:.1f}" if one >= 0.02 * widest else "" for one in width]  # that fit
+        axes.bar_label(bars, labels, label_type="center", color="white", fontsize=8)
         left += width
     axes.invert_yaxis()
     axes.set_xlabel("ms for the 8 crops of one photograph, one thread")

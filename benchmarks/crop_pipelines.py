@@ -13,7 +13,7 @@ from torch import Tensor
 from swavkit import CropGroup, MultiCropTransform, PhotometricDistortion
 
 # Steps that are enabled one after the other, to measure the time of each.
-STEPS = ("crop, resize, mirror, normalise", "colour jitter", "greyscale", "blur")
+STEPS = ("crop, resize, mirror, normalize", "color jitter", "grayscale", "blur")
 GROUPS = ((224, 2, (0.14, 1.0)), (96, 6, (0.05, 0.14)))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field")

@@ -1,6 +1,6 @@
 """swavkit: SwAV self-supervised learning (Caron et al. 2020) as PyTorch parts.
 
-:class:`SwAVLoss` is the whole loss; the parts it is made of work alone.
+:class:`SwAVLoss` is the complete loss; its parts also work alone.
 """
 
 from swavkit._head_losses import SwAVDetails

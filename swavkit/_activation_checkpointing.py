@@ -44,14 +44,15 @@ class Recomputation:
         state = "a queue" if queue is not None else "freeze_steps" if freeze_steps else None
         if state is not None and not self._first_had_graph:
             raise RuntimeError(
-                f"SwAVLoss with {state} cannot be repeated in the backward pass, since its state "
-                "has moved on; expected a checkpoint with use_reentrant=False, or one around the "
-                "encoder only"
+                f"SwAVLoss with {state} cannot be recomputed in the backward pass, because its "
+                "state has changed; expected a checkpoint with use_reentrant=False, or one around "
+                "the encoder only"
             )
         if queue is not None and details:
             raise RuntimeError(
                 "details and statistics of SwAVLoss with a queue cannot be recomputed in the "
-                "backward pass, as its state has moved on; expected a checkpoint that ends before"
+                "backward pass, because its state has changed; expected a checkpoint that ends "
+                "before it"
             )
         return True
 

@@ -187,12 +187,12 @@ def _read(path: str) -> Mapping[Any, Any]:
             raise ValueError(
                 f"source must hold tensors and plain values only, got {path!r} with Python objects "
                 f"({', '.join(dict.fromkeys(refused))}), whose loading runs code. Only "
-                f"if the file comes from a source that you trust, load it by "
-                f"torch.load(path, weights_only=False) and give the result as source"
+                f"if the file comes from a source that you trust, load it with "
+                f"torch.load(path, weights_only=False) and pass the result as source"
             ) from error
         raise ValueError(
-            f"source must be a whole file of torch.save, got {path!r} ({os.path.getsize(path)} "
-            f"bytes), which is damaged or no checkpoint"
+            f"source must be a complete file written by torch.save, got {path!r} "
+            f"({os.path.getsize(path)} bytes), which is damaged or not a checkpoint"
         ) from error
     if not isinstance(found, Mapping):
         raise ValueError(

@@ -101,13 +101,13 @@ class SwAVDetails(_CodesAndScores):
         codes: (A, B, K) targets of the views, float32 (float64 for float64 scores).
         scores: (V, B, K) cosines of features and prototypes.
         marginal_error: (A,) :func:`~swavkit.marginal_error` of the codes of current and queued
-            samples, over all ranks, if a ``tolerance`` is set; else ``None``. It is that of the
-            codes before ``hard`` or ``dtype`` rounds them, in float32 or better, and above the
+            samples, over all ranks, if a ``tolerance`` is set; else ``None``. It is computed
+            before ``hard`` or ``dtype`` rounds the codes, in float32 or better, and is above the
             tolerance if that was not reached. All ranks must then request details. It is an
-            attribute but no field, so that the tuple unpacks to codes and scores. Copies, pickles
-            and ``_replace`` keep it. What makes a new tuple of the fields loses it, such as
-            ``torch.utils._pytree``, and with that DDP with ``find_unused_parameters`` or
-            ``static_graph``; a forward hook on the criterion inside still gets it.
+            attribute but not a field, so the tuple unpacks to codes and scores. Copies, pickles
+            and ``_replace`` keep it. Code that creates a new tuple from the fields loses
+            it, such as ``torch.utils._pytree`` and therefore DDP with ``find_unused_parameters`` or
+            ``static_graph``; a forward hook on the criterion inside DDP still gets it.
     """
 
     marginal_error: Tensor | None = None  # no field: the tuple has two
@@ -200,7 +200,7 @@ def checked_code_heads(
         _checks.same_device(name, layer.weight, head.weight)
         if is_sharded(layer._rows()) and is_plainly(layer, PrototypeLayer):  # else hooks gather it
             raise RuntimeError(
-                f"{name} must have its whole weight on each rank, got one in shards, as FSDP2 "
+                f"{name} must have its whole weight on each rank, got a sharded one, as FSDP2 "
                 f"keeps it; expected a call on all ranks between unshard() and reshard() of the "
                 f"module that was given to fully_shard, or fully_shard of the PrototypeLayer itself"
             )

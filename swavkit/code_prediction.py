@@ -55,8 +55,8 @@ def code_prediction_loss(
         scores. A score of -inf excludes a prototype: the error is infinite if its code is above 0.
 
     Raises:
-        TypeError: If ``scores`` is no floating tensor, ``codes`` is neither floating nor int64, or
-            ``sample_weight`` is neither bool nor floating.
+        TypeError: If ``scores`` is not a floating tensor, ``codes`` is neither floating nor int64,
+            or ``sample_weight`` is neither bool nor floating.
         ValueError: If a setting is out of range, a shape or device does not fit, or an index on the
             CPU is out of range. On other devices, and under ``torch.compile``, indices are not
             checked.

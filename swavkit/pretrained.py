@@ -100,7 +100,7 @@ def load_pretrained(
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If no module is given, the file is damaged, is no checkpoint or contains code,
+        ValueError: If no module is given, the file is damaged, not a checkpoint or contains code,
             the layout is unknown, or the checkpoint lacks a given module or does not fit it.
         RuntimeError: If the prototypes are computed by a parametrization.
 
@@ -164,11 +164,12 @@ def pretrained_state_dict(
 ) -> dict[str, Tensor]:
     """Return a state dict in the layout that the authors of SwAV published, without ``module.``.
 
-    ``torch.save`` it, and the authors' evaluation programs and torchvision load it. Without a
-    projection head and prototypes, only ``fc`` is missing for torchvision's ``strict=True``.
+    Save it with ``torch.save``; the authors' evaluation programs and torchvision can load it.
+    Without a projection head and prototypes, only ``fc`` is missing for torchvision's
+    ``strict=True``.
 
-    Prototypes are as stored. The programs of others compute no norm: call
-    :meth:`PrototypeLayer.normalize_` before, unless the rows have unit norm.
+    Prototypes are exported as stored. Other programs do not normalize them: call
+    :meth:`PrototypeLayer.normalize_` first, unless the rows have unit norm.
 
     Args:
         network: As in :func:`load_pretrained`. A classifier ``fc`` or ``classifier`` is left out.
@@ -182,8 +183,8 @@ def pretrained_state_dict(
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If the network is not a ResNet, holds other entries than one, or the projection
-            head has other layers.
+        ValueError: If the network is not a ResNet, has entries that a ResNet does not have, or the
+            projection head has other layers.
 
     Example:
         >>> network, block = nn.Module(), nn.Module()  # with the names of torchvision's ResNets
@@ -303,8 +304,8 @@ def _weight_of(entries: dict[str, Tensor]) -> Tensor:
 def _require_whole(name: str, tensor: Tensor) -> None:
     if is_sharded(tensor):
         raise ValueError(
-            f"{name} must be a whole tensor, got a DTensor in shards; expected load_pretrained "
-            f"before fully_shard, of a full state dict"
+            f"{name} must be a whole tensor, got a sharded DTensor; expected load_pretrained "
+            f"before fully_shard, with a full state dict"
         )
     if tensor.is_meta or tensor.layout != torch.strided:
         raise ValueError(

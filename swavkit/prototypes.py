@@ -158,9 +158,9 @@ class PrototypeLayer(nn.Module):
 
         In a distributed job, all ranks make the call, and all get the same prototypes, drawn from
         the features of all ranks. A prototype is replaced only if the ``index`` of each rank asks
-        for it, so that ``monitor.assigned.sum(dim=0) == 0`` of a :class:`ClusterMonitor` means
-        without samples on all ranks in its window. One step is too short to judge: with fewer
-        samples than prototypes, most are without any. The host then waits for the number of these
+        for it, so ``monitor.assigned.sum(dim=0) == 0`` of a :class:`ClusterMonitor` selects those
+        without samples on all ranks in its window. A single step is too short to judge: with fewer
+        samples than prototypes, most get no sample. The host then waits for the number of these
         prototypes. On one rank it waits only for indices, whose range is checked, and not for a
         mask.
 
@@ -184,7 +184,7 @@ class PrototypeLayer(nn.Module):
         Raises:
             TypeError: If ``index`` is neither a bool nor an int64 tensor.
             ValueError: If ``index`` has another shape, is out of range or is on another device, or
-                if a weight in shards is not to be synchronized.
+                if a sharded weight is not to be synchronized.
 
         Example:
             >>> prototypes, features = PrototypeLayer(16, num_prototypes=5), torch.randn(8, 16)
@@ -247,7 +247,7 @@ class PrototypeLayer(nn.Module):
     def _pool(self, process_group: ProcessGroup | None, synchronize: bool) -> ProcessGroup | None:
         """Return the ranks that replace prototypes together."""
         if is_sharded(self.weight) and not synchronize:
-            raise ValueError("synchronize must be True for a weight in shards, got False")
+            raise ValueError("synchronize must be True for a sharded weight, got False")
         if is_sharded(self.weight) and not rows_are_sharded(self.weight):
             raise ValueError("weight must be sharded over its rows, got another sharding")
         return participants(process_group, synchronize)
@@ -318,8 +318,8 @@ class PrototypeLayer(nn.Module):
         """Check that the weight is stored and not computed from other parameters at each use."""
         if "weight" not in self._parameters and "weight" not in self._buffers:
             raise RuntimeError(
-                "weight must be a parameter of the layer to be written to, got one that is "
-                "computed from others, as by weight_norm or another parametrization; expected "
+                "weight must be a parameter of the layer to be modified, got one that is computed "
+                "from others by weight_norm or another parametrization; expected "
                 "initialize_, normalize_ or reset_parameters before that is registered, or after "
                 "it is removed"
             )
@@ -333,9 +333,9 @@ class PrototypeLayer(nn.Module):
         self._check_features(features)
         if is_sharded(self._rows()):
             raise RuntimeError(
-                "weight lies in shards, as FSDP2 keeps it between the calls of the module that was "
-                "given to fully_shard; expected a call by way of that module, or between its "
-                "unshard() and reshard() on all ranks, or, of initialize_, before fully_shard"
+                "weight is sharded, as FSDP2 keeps it between calls of the module given to "
+                "fully_shard; expected a call through that module, or between its unshard() and "
+                "reshard() on all ranks, or, for initialize_, before fully_shard"
             )
 
     def extra_repr(self) -> str:

@@ -61,8 +61,8 @@ def swapped_prediction_loss(
 ) -> Tensor:
     """Return the cross-entropy between each view's prediction and the codes of other code views.
 
-    For cosine scores it is between the mean entropy of the codes and ln K + 2/τ. Equal scores give
-    ln K, the value of a training that does not start.
+    For cosine scores, it lies between the mean entropy of the codes and ln K + 2/τ. Equal scores
+    give ln K, the value if training does not start.
 
     Args:
         scores: (V, B, K) scores of V >= 2 views, or a sequence of V tensors (B, K), the code views

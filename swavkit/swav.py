@@ -51,17 +51,17 @@ _COMPARED_HEADS = 8  # whose sizes are compared one by one; those of more by the
 _ONE_BY_ONE = "whether heads get their codes one by one"
 
 _ADVICE = {
-    _ONE_BY_ONE: "they do where sinkhorn is replaced or has hooks, which must be so on all ranks",
+    _ONE_BY_ONE: "they do if sinkhorn is replaced or has hooks, which must hold on all ranks",
     "steps": "load a checkpoint on every rank",
     "the checksum of the prototypes": "wrap SwAVLoss in DistributedDataParallel or fully_shard, "
-    "alone or inside the model: left bare, each rank trains prototypes of its own",
+    "alone or inside the model: without a wrapper, each rank trains its own prototypes",
 }
 
 
 class SwAVLoss(OwnState):
     """The SwAV loss of the features of several views, with its prototypes and its queue.
 
-    It wires the parts. With a queue, a training step is::
+    It connects the parts. With a queue, a training step is::
 
         scores = prototypes(features)  # (V, B, K), the first A views give codes
         queued = prototypes(queue.features)
@@ -70,9 +70,9 @@ class SwAVLoss(OwnState):
         value = loss(scores, codes)
         queue.push(unit_rows(features[:A]))
 
-    With many scores or a queue, and unless a part is hooked or details are requested, codes, loss
-    and gradients are computed block by block instead. The results are the same, without the scores
-    of all views in memory.
+    With many scores or a queue, unless a part is hooked or details are requested, codes, loss and
+    gradients are computed block by block instead. The results are the same, and the scores of all
+    views are never in memory at once.
 
     The module owns parameters and state. Give its parameters to the optimizer, save its
     ``state_dict()``, and in a distributed job wrap it in DDP or FSDP2, alone or inside the model.
@@ -82,9 +82,9 @@ class SwAVLoss(OwnState):
 
     Args:
         feature_dim: D, the number of features.
-        num_prototypes: K, the number of prototypes. A sequence of numbers makes as many heads, each
-            with its own prototypes and codes. The loss is then the mean over heads. Over ranks,
-            several heads take as many collectives as one.
+        num_prototypes: K, the number of prototypes. A sequence of numbers creates one head for
+            each, with its own prototypes and codes. The loss is then the mean over heads. Over
+            ranks, several heads take as many collectives as one.
         num_code_views: A, the number of views that give codes. They come first.
         temperature: The softmax temperature τ of the predictions.
         epsilon: The entropy temperature ε of the codes.
@@ -94,18 +94,19 @@ class SwAVLoss(OwnState):
             the second step on at the earliest, codes are computed on current and queued features.
         freeze_steps: The number of training steps in which the prototypes get a gradient of zeros.
             Weight decay may rescale them in these steps, which changes no score. Adam's coupled
-            decay turns them, and that of SGD with a momentum of 0.9 reverses them if the learning
-            rate times ``weight_decay`` is above 0.0026.
+            weight decay turns them, and that of SGD with a momentum of 0.9 reverses them if the
+            learning rate times ``weight_decay`` is above 0.0026.
         memory: ``"full"`` calls the parts, which holds the scores of all views. ``"streamed"``
             computes block by block and holds none. ``"auto"`` calls the parts for up to 2^20
             scores without a queue on a CPU, and 2^28 elsewhere. Otherwise it computes block by
-            block, and keeps the kernels of the code views if they take at most 1 GiB. Details,
-            validated codes, and a part that is replaced or hooked exclude ``"streamed"``.
+            block, and keeps the kernels of the code views if they take at most 1 GiB.
+            ``"streamed"`` cannot be combined with details, validated codes, a replaced or hooked
+            part, or sharded prototypes.
         reduction: ``"mean"`` is the mean over the samples of this rank. ``"global_mean"``, for
-            batches of different sizes, is scaled so that the mean over ranks, which DDP makes of
-            gradients, is the mean over all samples. If a call does not synchronize, both are the
-            same.
-        shard_prototypes: Whether each rank keeps a part of the prototypes only, for a large K. See
+            batches of different sizes, is scaled so that the mean over ranks, which DDP takes of
+            the gradients, is the mean over all samples. If a call does not synchronize, both are
+            the same.
+        shard_prototypes: Whether each rank keeps only a part of the prototypes, for a large K. See
             "Sharded prototypes" in the documentation. One rank alone keeps all.
         process_group: The ranks that share the batch for codes; the default group if ``None``.
         synchronize: Whether to share the batch for codes with other ranks in training mode;
@@ -130,10 +131,10 @@ class SwAVLoss(OwnState):
         loss: The :class:`SwappedPredictionLoss`.
         queue: The :class:`FeatureQueue`, or ``None`` without one.
         steps: int64 scalar, the number of training steps so far. A forward in ``eval()`` changes no
-            state. Like the queue's tensors, it is saved and moved with the module but is no buffer.
-            DDP does not broadcast it, so load a checkpoint on every rank. Weight averaging
+            state. Like the queue's tensors, it is saved and moved with the module but is not a
+            buffer. DDP does not broadcast it, so load a checkpoint on every rank. Weight averaging
             (``AveragedModel``, Lightning) does not change it: an averaged copy keeps the counter
-            and the queue with which it was made. To continue training from averaged prototypes,
+            and the queue that it was created with. To continue training from averaged prototypes,
             load them into the criterion that was trained.
 
     Raises:
@@ -433,13 +434,13 @@ class SwAVLoss(OwnState):
         return priors
 
     def check_ranks(self) -> None:
-        """Compare settings and prototypes over all ranks, which must all call.
+        """Compare settings and prototypes over all ranks, which must all make the call.
 
-        Eager training does so by itself. Call it before a long run, and with a compiled step. It
-        reads values on the host.
+        Eager training does so automatically. Call it before a long run, and before compiled steps.
+        It reads values on the host.
 
         Raises:
-            ValueError: On all ranks, if something differs. The text names it and all values.
+            ValueError: On all ranks, if something differs. The message names it and all values.
         """
         sinkhorn = _checks.instance("sinkhorn", self.sinkhorn, SinkhornKnopp)
         group = participants(sinkhorn.process_group, True)

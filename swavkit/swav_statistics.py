@@ -1,4 +1,4 @@
-"""Statistics of codes and predictions, which show a training that collapses or does not start."""
+"""Statistics of codes and predictions, which show training that collapses or does not start."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ class SwAVStatistics(NamedTuple):
     """Sums over the samples of one step and one rank, without gradient.
 
     All are floating-point tensors, float32 or float64 for float64 scores, so that the statistics of
-    several steps or ranks add up. A sample of weight w counts w times. A row of scores with a NaN,
-    with +inf, or with -inf only counts nowhere, and neither does a row of codes that is not finite.
+    several steps or ranks add up. A sample of weight w counts w times. A row of scores
+    with a NaN, with +inf, or with nothing but -inf is not counted, nor is a row of codes that is
+    not finite.
 
     Attributes:
         samples: Scalar, the sum of the weights of the samples.
         code_usage: (K,) sum of the codes.
-        assigned: (K,) number of rows of scores of the code views whose largest entry is there; the
-            first of several equal ones.
+        assigned: (K,) number of rows of scores of the code views whose largest entry is at each
+            prototype; the first of several equal entries.
         code_entropy: Scalar, sum over rows of the entropy of the codes, in nats.
         prediction_entropy: Scalar, that of the predictions softmax(S/τ) of all views.
         code_rows: Scalar, the number of rows of ``code_entropy``.

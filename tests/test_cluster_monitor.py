@@ -307,7 +307,7 @@ def test_the_monitor_follows_the_statistics_to_their_device(device: torch.device
 
 @pytest.mark.parametrize("call", ["compute", "diagnose", "plot"])
 def test_figures_on_the_meta_device_are_refused(call: str) -> None:
-    with pytest.raises(RuntimeError, match="real tensors, got a monitor on the meta device"):
+    with pytest.raises(RuntimeError, match="on a device with values, got the meta device"):
         getattr(updated(0).to("meta"), call)()
 
 

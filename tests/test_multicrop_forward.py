@@ -389,7 +389,7 @@ def test_what_a_network_returns_is_checked(network, error, message):
         ({"maps": None}, "maps", TypeError, r"crops of 8x8 must be a torch.Tensor, got NoneType"),
         ({"maps": None}, 1.5, TypeError, r"key must be an int, a str or None, got float"),
         ({"maps": None}, True, TypeError, r"key must be an int, a str or None, got bool"),
-        ({"maps": None}, None, TypeError, r"got dict: say with key where the features are"),
+        ({"maps": None}, None, TypeError, r"got dict: pass key to select the features"),
     ],
 )
 def test_bad_keys(output, key, error, message):

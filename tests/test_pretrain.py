@@ -182,7 +182,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(
 
     without_slow_pictures(example, monkeypatch)
     assert main([*TINY, "--output", str(tmp_path), "--resume"]) == 0
-    assert f"going on after epoch {epoch} of 12" in capsys.readouterr().out
+    assert f"continuing after epoch {epoch} of 12" in capsys.readouterr().out
     expected, metrics = metrics_of(unbroken[0]), metrics_of(tmp_path)
     for name in ("losses", "figures", "accuracies", "prototype_perplexity"):
         assert metrics[name] == expected[name]
@@ -248,7 +248,7 @@ def test_torchrun_trains_two_processes_stops_them_together_and_goes_on_with_two(
     process = start(output, *arguments, processes=2)
     shown, errors = process.communicate()
     assert process.returncode == 1, errors  # of torchrun
-    assert shown.count("32 training and 8 test images of 3x16x16, on cpu, 2 processes") == 1
+    assert shown.count("32 training and 8 test images of 3x16x16, on cpu, 2 ranks") == 1
     assert shown.count("stuck_at_ln_k: ") == 1
     assert "exitcode  : 3" in errors
     assert errors.count("training stopped after epoch 25 of 26") == 1
@@ -267,7 +267,7 @@ def test_torchrun_trains_two_processes_stops_them_together_and_goes_on_with_two(
     process = start(output, *arguments, "--resume", "--keep-going", processes=2)
     shown, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert "going on after epoch 25 of 26" in shown
+    assert "continuing after epoch 25 of 26" in shown
     assert shown.count("warning: stuck_at_ln_k: ") == 1
     whole = metrics_of(output)
     assert len(whole["losses"]) == 26 * (32 // 4)
@@ -276,7 +276,7 @@ def test_torchrun_trains_two_processes_stops_them_together_and_goes_on_with_two(
     assert list(whole["accuracies"]) == ROWS
 
     assert main([*arguments, "--output", str(output), "--resume"]) == 2
-    assert "the number of processes was 2 there, got 1" in capsys.readouterr().err
+    assert "the number of ranks was 2 there, got 1" in capsys.readouterr().err
 
 
 def test_a_folder_of_any_images_is_learned_from_and_an_unreadable_one_counted(
@@ -332,7 +332,7 @@ def test_without_labels_the_evaluation_is_left_out(
         (["--crops", "2x8"], "must hold as many resolutions, got 1 (2x8) and 2 (0.7-1,0.5-0.9)"),
         (["--crops", "2,2"], "--crops must be like 2x28,2x20, got '2,2'"),
         (["--scales", "1,x"], "--scales must be like 0.7-1,0.5-0.9, got '1,x'"),
-        (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+        (["--resume", "--overwrite"], "--resume and --overwrite cannot be combined"),
         (["--crops", "1x8", "--scales", "0.5-1"], "--crops must describe at least 2 crops"),
         (["--crops", "2x6,2x8"], "must hold the largest size"),
         (["--scales", "0.5-2,0.5-1"], "scale must be (low, high)"),
@@ -523,7 +523,7 @@ def test_a_stuck_training_stops_with_its_diagnosis_and_can_go_on(
 
     assert quick([*arguments, "--resume", "--keep-going"]) == 0
     shown = capsys.readouterr().out
-    assert "going on after epoch 5 of 6" in shown
+    assert "continuing after epoch 5 of 6" in shown
     assert shown.count("warning: codes_near_uniform") == 1
     metrics = metrics_of(tmp_path)
     assert metrics["stopped_by"] == []

@@ -665,7 +665,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, kind: str) -> None:
     written(tmp_path / "file", kind)
     ours = Ours()
     before = ours.state()
-    with pytest.raises(ValueError, match=r"damaged or no checkpoint|none in a mapping of a"):
+    with pytest.raises(ValueError, match=r"damaged or not a checkpoint|none in a mapping of a"):
         ours.load(tmp_path / "file")
     assert all(map(torch.equal, ours.state(), before))
 

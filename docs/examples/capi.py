@@ -1,11 +1,11 @@
-"""Train CAPI: a teacher's patches are clustered place by place, and a masked student predicts them.
+"""Train CAPI: cluster a teacher's patches position by position; a masked student predicts them.
 
     python docs/examples/capi.py                       # 4,000 MNIST digits
     python docs/examples/capi.py --data digits         # scikit-learn's 8x8 digits, seconds
     torchrun --nproc-per-node 2 docs/examples/capi.py  # each batch on two ranks
 
-The teacher's encoder is a moving average of the student's. Its patches at one place of the grid, in
-the images of all ranks, are one problem, so that no place has prototypes of its own. The prototypes
+The teacher's encoder is a moving average of the student's. Its patches at one position of the grid,
+in the images of all ranks, are one problem, so no position has its own prototypes. The prototypes
 of these codes learn from the teacher's own scores, and no gradient reaches the teacher (Darcet et
 al. 2025, arXiv 2502.08769). Unlike there, the student sees mask tokens and has no predictor.
 """

@@ -122,7 +122,7 @@ def resume(training: Training, settings: Settings, images: Tensor) -> None:
         saved = {
             **state["settings"],
             "the number of training images": state["images"],
-            "the number of processes": len(state["processes"]),
+            "the number of ranks": len(state["processes"]),
         }
     except Exception as error:  # torch.load raises many types
         raise UserError(
@@ -132,7 +132,7 @@ def resume(training: Training, settings: Settings, images: Tensor) -> None:
     present = {
         **dataclasses.asdict(settings),
         "the number of training images": len(images),
-        "the number of processes": processes.SIZE,
+        "the number of ranks": processes.SIZE,
     }
     for name, value in present.items():
         if name not in FREE_TO_CHANGE and saved.get(name) != value:
@@ -154,4 +154,4 @@ def resume(training: Training, settings: Settings, images: Tensor) -> None:
     if "figures" in state:  # older checkpoints have none
         training.figures = state["figures"]
         training.monitor.load_state_dict(own["monitor"])
-    processes.say(f"going on after epoch {training.epoch} of {settings.epochs}")
+    processes.say(f"continuing after epoch {training.epoch} of {settings.epochs}")

@@ -1,12 +1,12 @@
-"""Train DeepCluster-v2: k-means on the features of all images, whose clusters every crop predicts.
+"""Train DeepCluster-v2: every crop predicts the k-means cluster of its image.
 
     python docs/examples/deepclusterv2.py                       # 4,000 MNIST digits
     python docs/examples/deepclusterv2.py --data digits         # scikit-learn's 8x8 digits, seconds
     torchrun --nproc-per-node 2 docs/examples/deepclusterv2.py  # each batch on two ranks
 
-A bank holds the last epoch's features of every image, each rank those of its own images. Before
-each epoch, spherical k-means over the banks of all ranks gives each head its prototypes, which
-are not trained, and each image an index, the target of all its crops (Caron et al. 2020,
+A bank holds the last epoch's features of every image; each rank keeps those of its own images.
+Before each epoch, spherical k-means over the banks of all ranks gives each head its prototypes,
+which are not trained, and each image an index, the target of all its crops (Caron et al. 2020,
 arXiv 2006.09882, appendix). Heads are clustered on the banks of the code views in turn.
 """
 
@@ -49,7 +49,7 @@ def spherical_kmeans(
     Args:
         features: (n, D) unit rows of this rank, any number of them.
         centroids: (K, D) unit rows to start from, the same on all ranks.
-        iterations: How often centroids move.
+        iterations: How often the centroids move.
 
     Returns:
         The centroids (K, D), and the index of the nearest one to each feature (n,). A cluster

@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 2 docs/examples/dino.py  # each batch on two ranks
 
 The teacher is a moving average of the student, heads and prototypes included. Codes of all class
-tokens are one problem and those of masked patches another; they are solved together, with as many
+tokens are one problem and those of masked patches another; both are solved together, with as many
 collectives as one (Oquab et al. 2023, arXiv 2304.07193). Regularizers are left out.
 """
 
@@ -84,7 +84,7 @@ def dino_loss(scores: Tensor, codes: Tensor) -> Tensor:
 def patch_loss(scores: Tensor, codes: Tensor, weight: Tensor, images: int) -> Tensor:
     """Return the mean over images of the mean cross-entropy of their masked patches, or 0.
 
-    Scores, codes (M, K) and weight (M,) are of the buffer: student and teacher at the same place.
+    Scores, codes (M, K) and weight (M,) are those of the buffer, at the same positions.
     """
     errors = code_prediction_loss(
         scores, codes, temperature=TEMPERATURE, sample_weight=weight, reduction="sum"

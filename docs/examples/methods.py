@@ -1,4 +1,4 @@
-"""What the examples of other methods share: options, images, ranks and evaluation."""
+"""Code shared by the examples of other methods: options, images, ranks and evaluation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from swavkit import MultiCropTransform
 def begin(
     arguments: list[str] | None, description: str, **defaults: int
 ) -> tuple[argparse.Namespace, Images]:
-    """Parse the options, meet the other ranks, seed, and load the images onto the device.
+    """Parse the options, join the other ranks, seed, and load the images onto the device.
 
     Args:
         arguments: The command line, or ``None`` for that of the program.
@@ -36,7 +36,7 @@ def begin(
     add("--data", choices=list(DIGIT_DATA), default="mnist", help="the images")
     add("--epochs", type=int, default=defaults["epochs"], help="passes over the images")
     add("--batch-size", type=int, default=defaults["batch_size"], help="images in a step")
-    add("--prototypes", type=int, default=defaults["prototypes"], help="number of each head, K")
+    add("--prototypes", type=int, default=defaults["prototypes"], help="prototypes of each head, K")
     add("--seed", type=int, default=0, help="seed of every random number")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     options = parser.parse_args(arguments)
@@ -70,7 +70,7 @@ def say_loss(losses: list[Tensor], epoch: int, options: argparse.Namespace) -> N
 
 
 def end(encoders: dict[str, Callable[[Tensor], Tensor]], images: Images) -> dict[str, float]:
-    """Leave the other ranks; on the first, return and print the 5-NN accuracies in per cent."""
+    """Leave the process group; on rank 0, return and print the 5-NN accuracies in percent."""
     processes.leave()
     if processes.RANK > 0:
         return {}

@@ -1,4 +1,4 @@
-"""The figures of a training in a line, and its diagnoses in words."""
+"""The metrics of a training run in one line, and its diagnoses in words."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ HOPELESS = {"features_of_rank_one", "collapsed", "stuck_at_ln_k"}
 
 
 def figures_of(monitor: ClusterMonitor) -> dict[str, float]:
-    """Return all figures of the window, over all ranks. All ranks must make the call."""
+    """Return all metrics of the window, over all ranks. All ranks must make the call."""
     return {name: value.item() for name, value in monitor.compute().items()}
 
 
 def line(figures: dict[str, float], num_prototypes: int) -> str:
-    """Return the figures to watch. A loss of the codes' entropy is perfect, of ln K useless."""
+    """Return the metrics to watch. The codes' entropy is a perfect loss, ln K a useless one."""
     return (
         f"loss {figures['loss']:.2f} (codes {figures['code_entropy']:.2f}, "
         f"ln K {math.log(num_prototypes):.2f}), used {figures['used']:.0%}, "
@@ -32,7 +32,7 @@ def line(figures: dict[str, float], num_prototypes: int) -> str:
 
 
 def hopeless(diagnoses: Iterable[Diagnosis]) -> bool:
-    """Return whether a training cannot be expected to recover."""
+    """Return whether training cannot be expected to recover."""
     return any(each.name in HOPELESS for each in diagnoses)
 
 
@@ -45,7 +45,7 @@ def in_words(diagnoses: Iterable[Diagnosis]) -> str:
 
 
 def warn(diagnoses: Iterable[Diagnosis], told: set[str]) -> None:
-    """Print those that were not told before, on rank 0, and add their names to ``told``."""
+    """Print new diagnoses on rank 0, and add their names to ``told``."""
     for each in diagnoses:
         if each.name not in told and processes.RANK == 0:
             tqdm.write(f"warning: {in_words([each])}")  # does not tear the progress line

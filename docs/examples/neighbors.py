@@ -16,7 +16,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]  # images (N, C, H, W) and labels (N,)
 
 @torch.no_grad()
 def accuracy(encoder: nn.Module, known: Batches, new: Batches) -> float:
-    """Return the share of new images that their nearest known images classify by their votes.
+    """Return the share of new images that their nearest known images classify correctly by vote.
 
     Each rank passes its part of the images. All ranks must make the call.
     """

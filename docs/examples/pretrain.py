@@ -10,11 +10,11 @@
 ``train`` contains the training loop: crops, features, loss, step. Labels are used for evaluation
 only. The output folder holds ``metrics.json``, ``checkpoint.pt`` and pictures. ``--resume``
 continues from the checkpoint. The progress line shows the loss, its bounds, the share of prototypes
-that are used, and how often two crops of an image have the same nearest prototype. A training that
-is stuck or collapsed is stopped with a diagnosis, unless ``--keep-going`` is given.
+that are used, and how often two crops of an image have the same nearest prototype. A run that is
+stuck or collapsed is stopped with a diagnosis, unless ``--keep-going`` is given.
 
 The exit status is 0 for a finished run, 2 for an error that the user can correct, 3 if training
-diverges or is stopped by a diagnosis, and 130 for Ctrl-C. ``torchrun`` turns 2 and 3 into 1.
+diverges or is stopped by a diagnosis, and 130 for Ctrl-C. Under ``torchrun``, 2 and 3 become 1.
 """
 
 from __future__ import annotations
@@ -283,10 +283,10 @@ def run(settings: Settings) -> None:
     images = load_images(
         settings.data, validation=settings.validation, image_size=settings.image_size
     ).to(device)
-    processes.say(f"{images}, on {device}" + f", {processes.SIZE} processes" * (processes.SIZE > 1))
+    processes.say(f"{images}, on {device}" + f", {processes.SIZE} ranks" * (processes.SIZE > 1))
     if settings.batch_size // processes.SIZE < 2:
         raise UserError(
-            f"--batch-size must be at least 2 for each of the {processes.SIZE} processes, "
+            f"--batch-size must be at least 2 for each of the {processes.SIZE} ranks, "
             f"got {settings.batch_size}"
         )
     if settings.batch_size > len(images.train):

@@ -28,7 +28,7 @@ def leave() -> None:
 
 
 def averaged(module: nn.Module) -> nn.Module:
-    """Return the module, or what averages its gradients over ranks."""
+    """Return the module, wrapped to average its gradients if there are other ranks."""
     return DistributedDataParallel(module) if SIZE > 1 else module
 
 

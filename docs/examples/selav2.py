@@ -1,13 +1,13 @@
-"""Train SeLa-v2: codes of all images by Sinkhorn-Knopp, whose prototypes every crop predicts.
+"""Train SeLa-v2: every crop predicts the prototype that Sinkhorn-Knopp assigns to its image.
 
     python docs/examples/selav2.py                       # 4,000 MNIST digits
     python docs/examples/selav2.py --data digits         # scikit-learn's 8x8 digits, seconds
     torchrun --nproc-per-node 2 docs/examples/selav2.py  # each batch on two ranks
 
-The loop, the bank and the loss are those of ``deepclusterv2.py``. The targets come from the other
-end: prototypes are trained, and before each epoch the features of all images, on all ranks, are
-spread equally over them (Asano et al. 2020, arXiv 1911.05371; Caron et al. 2020, arXiv 2006.09882,
-appendix).
+The loop, the bank and the loss are those of ``deepclusterv2.py``. The targets are computed the
+other way round: prototypes are trained, and before each epoch the features of all images, on all
+ranks, are spread equally over them (Asano et al. 2020, arXiv 1911.05371; Caron et al. 2020, arXiv
+2006.09882, appendix).
 """
 
 from __future__ import annotations

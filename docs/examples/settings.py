@@ -48,10 +48,10 @@ class Settings:
         "bits hold 0 to 65535, or 0 to 1 in floats; transparent pixels become white",
     )
     output: str = option("runs/pretrain", "folder for metrics, checkpoint and pictures")
-    resume: bool = option(False, "go on from the checkpoint in the output folder, if there is one")
+    resume: bool = option(False, "continue from the checkpoint in the output folder, if any")
     overwrite: bool = option(False, "replace the run that the output folder holds")
     keep_going: bool = option(
-        False, "train on where a diagnosis says that the training is stuck or collapsed"
+        False, "continue if a diagnosis says that training is stuck or collapsed"
     )
     validation: bool = option(
         False,
@@ -66,13 +66,13 @@ class Settings:
     temperature: float = option(0.1, "softmax temperature of the predictions")
     epsilon: float = option(0.02, "entropy temperature of the codes")
     iterations: int = option(3, "Sinkhorn-Knopp iterations")
-    queue: int = option(0, "slots of the feature queue, over all processes; 0 for none")
+    queue: int = option(0, "slots of the feature queue, over all ranks; 0 for none")
     freeze_steps: int = option(50, "steps before the prototypes start to move")
     learning_rate: float = option(2e-3, "largest learning rate of AdamW")
     warmup_steps: int = option(300, "steps of linear warm-up before the cosine decay")
     weight_decay: float = option(1e-4, "weight decay of AdamW")
     image_size: int = option(64, "images of a folder are scaled and cut to squares of this size")
-    seed: int = option(0, "seed of initialisation, batches and crops; the data split is fixed")
+    seed: int = option(0, "seed of initialization, batches and crops; the data split is fixed")
     device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     threads: int = option(1, "threads on the CPU; the default network is too small for many")
     compile: bool = option(False, "compile the network with torch.compile")
@@ -118,7 +118,7 @@ def parse(arguments: list[str] | None, description: str) -> Settings:
         if not least <= value < math.inf:
             raise UserError(f"{flag(name)} must be at least {least}, got {value}")
     if settings.resume and settings.overwrite:
-        raise UserError("--resume and --overwrite exclude each other")
+        raise UserError("--resume and --overwrite cannot be combined")
     return settings
 
 

@@ -1,4 +1,4 @@
-"""Draw the figures of a healthy training and of trainings with a fault, for the documentation.
+"""Draw the plots of a healthy run and of runs with a fault, for the documentation.
 
 python docs/examples/stuck.py --output docs/images
 """

@@ -71,7 +71,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The name of its files: the data, the method, the seed, and what is no default."""
+        """The name of its files: the data, method and seed, and settings that are not defaults."""
         parts = [self.data, self.method, f"seed{self.seed}"]
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

@@ -120,11 +120,11 @@ _ORDER = (  # worst first: a cause before what follows from it
 
 
 class Diagnosis(NamedTuple):
-    """Something that is wrong with a training.
+    """Something that is wrong with training.
 
     Attributes:
         name: The name, the same in every version, such as ``"stuck_at_ln_k"``.
-        text: The figures that show it, in words.
+        text: The metrics that show it, in words.
         remedies: What to change, the most promising first, with the source of each.
     """
 
@@ -142,7 +142,7 @@ def diagnose(
     window: int = 100,
     criterion: Any = None,
 ) -> list[Diagnosis]:
-    """Return what is wrong with a training, worst first; an empty list if nothing is.
+    """Return what is wrong with training, worst first; an empty list if nothing is.
 
     Rules need evidence. Non-finite values, local codes and sizes are reported at any step. All
     others wait for 200 training steps, and for 50 steps in the window. ``steps`` counts both, but
@@ -195,10 +195,11 @@ def check_sizes(
 ) -> list[Diagnosis]:
     """Return a diagnosis if the codes see too few samples for the prototypes, before training.
 
-    The codes of a code view see ``(batch_size + queue_length) * processes`` samples. Far fewer than
-    K cannot use the prototypes equally, and the code of a sample depends on the others by chance.
+    The codes of a code view see ``(batch_size + queue_length) * processes`` samples. Far fewer
+    than K cannot use the prototypes equally, and the code of a sample depends on which other
+    samples are in the batch.
     The paper has 4096 samples for 3000 prototypes, with a batch of 4096, or of 256 and a queue of
-    3840. Half a sample per prototype is the least that gives no diagnosis.
+    3840. Fewer than half a sample per prototype give a diagnosis.
 
     Args:
         batch_size: The number of samples per rank in a step, at least 1.

@@ -1,4 +1,4 @@
-"""Figures of a training over a window of steps and over all ranks."""
+"""Metrics of training over a window of steps and over all ranks."""
 
 from __future__ import annotations
 
@@ -47,24 +47,25 @@ _ROUNDING = 1e-5
 
 
 class ClusterMonitor(OwnState):
-    r"""Figures that show whether a training works, over the last steps and over all ranks.
+    r"""Metrics that show whether training works, over the last steps and over all ranks.
 
-    Call :meth:`update` in each step, and :meth:`compute` where figures are logged::
+    Call :meth:`update` in each step, and :meth:`compute` when metrics are logged::
 
         loss, statistics = criterion(features, return_statistics=True)
         monitor.update(statistics, loss=loss, features=features, prototypes=criterion.prototypes)
         ...
         if step % 50 == 0:
-            figures = monitor.compute()  # on all ranks
+            metrics = monitor.compute()  # on all ranks
 
-    ``figures`` is a dict of scalar tensors, for ``self.log_dict(figures)`` in a
+    ``metrics`` is a dict of scalar tensors, for ``self.log_dict(metrics)`` in a
     ``LightningModule``, for ``writer.add_scalar`` of TensorBoard, or
-    ``{name: float(value) for name, value in figures.items()}``. As with a metric of torchmetrics,
-    :meth:`reset` starts anew, after an epoch say. It is optional, since old steps leave the window.
+    ``{name: float(value) for name, value in metrics.items()}``. As with a metric of torchmetrics,
+    :meth:`reset` starts again, for example after an epoch. It is optional, because old steps leave
+    the window.
 
     Args:
         num_prototypes: K, the number of prototypes, at least 1. Each head needs its own monitor.
-        window: The number of steps that figures are computed over, at least 1; for all diagnoses,
+        window: The number of steps that metrics are computed over, at least 1; for all diagnoses,
             at least 50.
         process_group: The ranks; the default group if ``None``.
 
@@ -75,7 +76,7 @@ class ClusterMonitor(OwnState):
         updates: int64 scalar, the number of updates. The oldest step is overwritten.
 
     These tensors are saved in ``state_dict()``. They are not buffers, so
-    ``DistributedDataParallel`` leaves them alone. They keep their dtype, float32 but for
+    ``DistributedDataParallel`` leaves them alone. They keep their dtype, float32 except for
     ``updates``, when the module changes its own, and :meth:`update` moves them to the device of the
     statistics. The last features and prototypes are neither saved nor copied with the monitor.
 
@@ -88,8 +89,8 @@ class ClusterMonitor(OwnState):
         >>> monitor = ClusterMonitor(num_prototypes=3)
         >>> scores = torch.eye(3).expand(2, 3, 3)  # two views that agree
         >>> monitor.update(cluster_statistics(scores, codes=scores), loss=1.0)
-        >>> figures = monitor.compute()
-        >>> figures["perplexity"], figures["agreement"], figures["loss"]
+        >>> metrics = monitor.compute()
+        >>> metrics["perplexity"], metrics["agreement"], metrics["loss"]
         (tensor(3.), tensor(1.), tensor(1.))
     """
 
@@ -121,7 +122,7 @@ class ClusterMonitor(OwnState):
 
     @property
     def process_group(self) -> ProcessGroup | None:
-        """The ranks that figures are computed over; the default group if ``None``."""
+        """The ranks that metrics are computed over; the default group if ``None``."""
         return self._group.get()
 
     @process_group.setter
@@ -137,7 +138,7 @@ class ClusterMonitor(OwnState):
         features: Tensor | Sequence[Tensor] | None = None,
         prototypes: PrototypeLayer | Tensor | None = None,
     ) -> None:
-        """Add a step. Reads no value on the host and communicates with no other rank.
+        """Add a step. Reads no value on the host and does not communicate with other ranks.
 
         A loss that is not finite is left out of the mean. If a statistic is not finite, the
         statistics and the loss of the step are left out.
@@ -189,19 +190,18 @@ class ClusterMonitor(OwnState):
             self._prototypes = (prototypes,)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the figures over the window and over all ranks.
+        """Return the metrics over the window and over all ranks.
 
         All ranks must make the call, and must have given the same arguments to :meth:`update`. One
         collective is made, and another one to gather prototypes that are sharded over ranks, by
         ``ShardedPrototypeLayer`` or FSDP2. Reads values on the host.
 
         Returns:
-            A dict of float32 scalars on the device of the monitor. Those without a row to count are
-            NaN.
+            A dict of float32 scalars on the device of the monitor. Those without any row are NaN.
 
             - ``"perplexity"``: exp of the entropy of ``assigned``: K if all prototypes are nearest
               equally often, 1 if all rows have the same one.
-            - ``"used"``: share of the prototypes that are the nearest one of any row.
+            - ``"used"``: share of the prototypes that are the nearest one of at least one row.
             - ``"code_perplexity"``: exp of the entropy of ``code_usage``.
             - ``"code_entropy"``, ``"prediction_entropy"``: means over rows, in nats.
             - ``"marginal_error"``: largest relative distance of the mean code from 1/K.
@@ -216,8 +216,8 @@ class ClusterMonitor(OwnState):
             - ``"below_ln_k"``: ln K − loss, which is 0 if predictions are uniform.
             - ``"above_code_entropy"``: loss − code entropy, a mean Kullback-Leibler divergence.
 
-            A loss that is the mean over heads fits no single head. Of these three, only ``"loss"``
-            then has a meaning.
+            A loss that is the mean over heads does not describe any single head. Of these three,
+            only ``"loss"`` is then meaningful.
 
             If prototypes were given:
 
@@ -236,7 +236,7 @@ class ClusterMonitor(OwnState):
         return self._window().figures
 
     def diagnose(self, criterion: nn.Module | None = None) -> list[Diagnosis]:
-        """Return what is wrong and what to do about it, worst first; empty if all is well.
+        """Return what is wrong and what to do about it, worst first; an empty list if nothing is.
 
         All ranks must make the call; see :meth:`compute`.
 
@@ -250,7 +250,7 @@ class ClusterMonitor(OwnState):
 
         Raises:
             RuntimeError: If no rank had an update.
-            TypeError: If ``criterion`` is no :class:`SwAVLoss`, but a wrapper of one, say.
+            TypeError: If ``criterion`` is not a :class:`SwAVLoss`, for example a wrapper of one.
         """
         if criterion is not None and not hasattr(criterion, "sinkhorn"):
             raise TypeError(f"criterion must be a SwAVLoss, got {type(criterion).__name__}")
@@ -282,7 +282,7 @@ class ClusterMonitor(OwnState):
         )
 
     def reset(self) -> None:
-        """Empty the window, in place, and forget features and prototypes."""
+        """Empty the window in place, and drop the features and prototypes."""
         self._empty_own()
         self._features = self._prototypes = None
 
@@ -292,7 +292,7 @@ class ClusterMonitor(OwnState):
         group = participants(self.process_group, True)
         device = self.updates.device
         if device.type == "meta":
-            raise RuntimeError("figures must be of real tensors, got a monitor on the meta device")
+            raise RuntimeError("the monitor must be on a device with values, got the meta device")
         with autocast_disabled(device):
             # Oldest step first, so that the last row holds the last step of every rank.
             order = (torch.arange(self.window, device=device) + self.updates) % self.window
@@ -318,7 +318,7 @@ class ClusterMonitor(OwnState):
             steps = dict(zip(_COLUMNS, scalars.unbind(dim=1), strict=True))
             if not steps["updates"].any():
                 raise RuntimeError(
-                    "compute must follow an update, got none on any rank since the start or reset; "
+                    "compute must follow an update, got none on any rank since the last reset(); "
                     "expected update(statistics) in each step"
                 )
             ranks, updates, updated = counts.unbind()

@@ -139,8 +139,8 @@ def _entry(key: int | str | None, name: str, output: Any) -> Any:
     if key is None:
         if isinstance(output, (tuple, list, Mapping)):
             raise TypeError(
-                f"{name} must be a torch.Tensor, got {type(output).__name__}: say with key where "
-                f"the features are in it"
+                f"{name} must be a torch.Tensor, got {type(output).__name__}: pass key to select "
+                f"the features from it"
             )
         return output
     if isinstance(output, Tensor):

@@ -114,8 +114,8 @@ def check_channels(settings: PhotometricDistortion, name: str, channels: int) ->
     """Raise an error if the settings change colors but the images do not have 3 channels."""
     if channels != 3 and changes_colors(settings) and settings.other_channels == "error":
         raise ValueError(
-            f"{name} must have 3 channels for PhotometricDistortion to change their colours, got "
-            f"{channels}: give CropGroup photometric=None, a callable of your own, or "
+            f"{name} must have 3 channels for PhotometricDistortion to change their colors, got "
+            f"{channels}: pass CropGroup photometric=None, a callable of your own, or "
             f'PhotometricDistortion(other_channels="skip")'
         )
 

@@ -342,8 +342,8 @@ def _checked_generator(generator: Any, seed: Any) -> torch.Generator | None:
         )
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(
-            f"generator must be one of the CPU, from which crops on every device are drawn, got "
-            f"one of {generator.device}"
+            f"generator must be on the CPU, from which crops on every device are drawn, got one on "
+            f"{generator.device}"
         )
     if seed is None:
         return generator

@@ -114,8 +114,8 @@ class ShardedPrototypeLayer(PrototypeLayer):
     def forward(self, features: Tensor, *, frozen: Tensor | None = None) -> NoReturn:
         """Raise ``RuntimeError``: no rank has the scores of all prototypes."""
         raise RuntimeError(
-            f"scores of all {self.num_prototypes} prototypes are on no rank, as each has a part "
-            f"of them; expected the use of assign(features), by all ranks, or of "
+            f"scores of all {self.num_prototypes} prototypes are on no rank, because each rank "
+            f"keeps a part of them; expected assign(features), called by all ranks, or "
             f"weight.full_tensor()"
         )
 
@@ -176,7 +176,7 @@ def sharded_head_losses(
     """
     if group is None:
         raise RuntimeError(
-            "no rank has all prototypes, so that none can compute a loss alone; expected a call "
+            "no rank has all prototypes, so none can compute a loss alone; expected a call "
             "on all ranks, in training mode or with synchronize='always'"
         )
     if not (
@@ -185,9 +185,8 @@ def sharded_head_losses(
         and is_plainly(loss, SwappedPredictionLoss)
     ):
         raise RuntimeError(
-            "prototypes, sinkhorn and loss must be as SwAVLoss made them and without hooks where "
-            "prototypes are sharded: the parts are not called, since none can work on what one "
-            "rank has"
+            "prototypes, sinkhorn and loss must be as SwAVLoss made them, without hooks, if "
+            "prototypes are sharded: these parts are not called"
         )
     assert isinstance(sinkhorn, SinkhornKnopp)
     assert isinstance(loss, SwappedPredictionLoss)
@@ -203,7 +202,7 @@ def sharded_head_losses(
     }
     for name, (value, only) in unsupported.items():
         if value != only:
-            raise ValueError(f"{name} must be {only!r} where prototypes are sharded, got {value!r}")
+            raise ValueError(f"{name} must be {only!r} if prototypes are sharded, got {value!r}")
     _checks.known_setting("epsilon", settings.epsilon, batch.features.device)
     _checks.known_setting("temperature", temperature, batch.features.device)
     samples = batch.features.shape[1]

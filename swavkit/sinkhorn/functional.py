@@ -121,8 +121,8 @@ def sinkhorn_knopp(
             holds further independent problems. They are solved together, with as many collectives
             as one.
         epsilon: The entropy temperature ε > 0, in the unit of the scores: a number, or a floating
-            0-dim tensor, which is never read on the host. A schedule changes either without a new
-            compilation.
+            0-dim tensor, which is never read on the host. A schedule can change either without
+            recompilation.
         iterations: The number of iterations, at least 1. The maximum number with ``tolerance``.
         sample_weight: (..., B) or (B,) multiplicities, bool or floating, at least 0. A sample of
             weight 0 takes no part, whatever its scores are. It still gets a code, from the
@@ -148,7 +148,7 @@ def sinkhorn_knopp(
 
     Returns:
         (..., B, K) codes in ``dtype``, without gradient; a list of them for a sequence of scores.
-        Any finite scores have codes. The lowest number of a dtype excludes a prototype for a
+        Any finite scores give finite codes. The lowest number of a dtype excludes a prototype for a
         sample. A sample with a NaN or infinite score gets NaN codes and does not affect the others.
         A negative, NaN or infinite weight makes every code NaN, and so do prototype weights that
         are all 0. If no sample is present, the code of an absent one is softmax(S/ε + log c).
@@ -157,7 +157,7 @@ def sinkhorn_knopp(
         decades.
 
     Raises:
-        TypeError: If ``scores`` is no floating tensor or a weight is neither bool nor floating.
+        TypeError: If ``scores`` is not a floating tensor or a weight is neither bool nor floating.
         ValueError: If a setting is out of range, a shape does not fit, the calling rank is not in
             ``process_group``, or ``validate`` finds a bad value.
 

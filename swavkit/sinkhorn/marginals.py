@@ -29,13 +29,13 @@ def marginal_error(
 ) -> Tensor:
     r"""Return the largest relative error of the prototypes' masses.
 
-    With the sample masses r and the target marginal c of the prototypes, of sum 1, it is
+    With the sample masses r and the target marginal c of the prototypes, which sums to 1, it is
 
-    .. math:: \max_j \left| \frac{\sum_i r_i Q_{ij}}{c_j \sum_i r_i} - 1 \right|,
+    .. math:: \max_j \left| \frac{\sum_i r_i Q_{ij}}{c_j \sum_i r_i} - 1 \right|.
 
-    It is 0 if every prototype has its target mass, and K - 1 if one of K equal prototypes has all
-    mass. After three iterations 0.1 to 0.6 is common. In a distributed job it is computed on the
-    samples of all ranks, and all ranks of the group must make the call.
+    It is 0 if every prototype has its target mass, and K - 1 if one of K prototypes of equal target
+    mass has all the mass. After three iterations, 0.1 to 0.6 is common. In a distributed job, it is
+    computed on the samples of all ranks, and all ranks of the group must make the call.
 
     Args:
         codes: (..., B, K) codes of B samples, any real floating dtype. Leading dimensions are
@@ -53,7 +53,7 @@ def marginal_error(
         counts, NaN where a code that counts is NaN.
 
     Raises:
-        TypeError: If ``codes`` is no floating tensor or a weight is neither bool nor floating.
+        TypeError: If ``codes`` is not a floating tensor or a weight is neither bool nor floating.
         ValueError: If a shape does not fit, or the calling rank is not in ``process_group``.
 
     Example:

@@ -37,14 +37,14 @@ def assert_codes(
     tolerance: float = math.inf,
     atol: float = 1e-6,
 ) -> None:
-    """Assert that codes are distributions over the prototypes and use them by their masses.
+    """Assert that codes are distributions over the prototypes and use them in their proportions.
 
     Args:
         codes: (B, K), with B > 0. Codes of samples of weight 0 may be anything.
         sample_weight: (B,) multiplicities of the samples; 1 by default.
         prototype_weight: (K,) relative masses of the prototypes; equal by default.
-        tolerance: The largest relative error of the use of a prototype. A few iterations leave a
-            larger one than many, and by default it is not checked.
+        tolerance: The largest relative error of the mass of a prototype. By default it is not
+            checked, because a few iterations leave a larger error than many.
         atol: The largest error of the sum of a row.
 
     Raises:

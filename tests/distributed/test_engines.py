@@ -297,7 +297,7 @@ def test_what_is_asked_of_prototypes_in_shards_is_right_or_refused(
 ) -> None:
     for outcome in start_ranks(2).run(prototypes_in_shards):
         for name in ("assign", "call", "initialize_"):
-            assert outcome[name].startswith("weight lies in shards, as FSDP2 keeps it between")
+            assert outcome[name].startswith("weight is sharded, as FSDP2 keeps it between")
         assert outcome["gathered"]
         assert outcome["directions"]
         assert outcome["norms"] < 1e-12

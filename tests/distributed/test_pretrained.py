@@ -69,6 +69,6 @@ def under_fsdp(rank: int, _: Any) -> list[str]:
 
 def test_shards_of_fsdp_are_refused_by_name(ranks: Ranks) -> None:
     for network, prototypes in ranks.run(under_fsdp, [None] * ranks.size):
-        assert "network.conv1.weight must be a whole tensor, got a DTensor in shards" in network
+        assert "network.conv1.weight must be a whole tensor, got a sharded DTensor" in network
         assert "prototypes.weight must be a whole tensor" in prototypes
         assert "before fully_shard" in prototypes

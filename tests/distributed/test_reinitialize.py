@@ -152,7 +152,7 @@ def alone(rank: int) -> list[Any]:
             layer.reinitialize_(index, torch.ones(1, D), process_group=group)
     for form in ("sharded", "FSDP2"):
         prototypes = network_of(form).prototypes
-        with pytest.raises(ValueError, match="synchronize must be True for a weight in shards"):
+        with pytest.raises(ValueError, match="synchronize must be True for a sharded weight"):
             prototypes.reinitialize_(index, torch.ones(1, D).double(), synchronize=False)
     sharded = network_of("sharded").prototypes
     own = dist.group.WORLD

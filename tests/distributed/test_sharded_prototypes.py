@@ -756,7 +756,7 @@ def refusals(rank: int) -> None:
         part = criterion.get_submodule(owner)
         usual = getattr(part, name)
         setattr(part, name, value)
-        with pytest.raises(ValueError, match=f"{name} must be .* where prototypes are sharded"):
+        with pytest.raises(ValueError, match=f"{name} must be .* if prototypes are sharded"):
             criterion(features)
         setattr(part, name, usual)
     with pytest.raises(RuntimeError, match="size mismatch for prototypes"):
