@@ -142,7 +142,7 @@ def test_lars_is_the_authors() -> None:
     A gradient of zeros, that of frozen prototypes, is the exception: timm decays the parameter,
     which only rescales it.
     """
-    optimizers = pytest.importorskip("timm", reason="timm is not installed").optim
+    optimizers = pytest.importorskip("timm.optim", reason="timm is not installed")
     start = [
         torch.randn(4, 3, dtype=torch.float64),
         torch.zeros(3).double(),
