@@ -11,7 +11,14 @@ import torch
 from tests import matrix_file, skips
 
 # The same draws in every run, so that a failure is always of the change at hand.
-hypothesis.settings.register_profile("swavkit", deadline=None, derandomize=True, max_examples=60)
+# Their speed is that of the machine, which may be busy.
+hypothesis.settings.register_profile(
+    "swavkit",
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("swavkit")
 
 torch.set_num_threads(1)  # the suite runs in as many processes as there are cores
