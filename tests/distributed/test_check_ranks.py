@@ -208,7 +208,7 @@ def test_a_criterion_left_bare_beside_ddp_is_found(
         assert step == found
         assert text is not None
         assert text.startswith("the checksum of the prototypes must be the same on all ranks")
-        assert text.endswith("each rank trains prototypes of its own")
+        assert text.endswith("each rank trains its own prototypes")
         assert "wrap SwAVLoss in DistributedDataParallel or fully_shard" in text
         assert asked == (text if other_start else None)
 

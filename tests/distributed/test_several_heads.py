@@ -163,8 +163,8 @@ def test_one_rank_that_goes_head_by_head_is_found(ranks: Ranks, reduction: str, 
     for text in ranks.run(with_a_hook_on_one_rank, [(SIZES, hook, reduction)] * 3):
         assert text == (
             "whether heads get their codes one by one must be the same on all ranks, got False "
-            "on ranks 0, 2 and True on rank 1; they do where sinkhorn is replaced or has hooks, "
-            "which must be so on all ranks"
+            "on ranks 0, 2 and True on rank 1; they do if sinkhorn is replaced or has hooks, "
+            "which must hold on all ranks"
         )
 
 
