@@ -211,7 +211,7 @@ def call_of(name: str) -> tuple[Callable[..., Any], Callable[[int, bool], tuple[
 @pytest.mark.parametrize(
     ("name", "dynamic"),
     [
-        ("loss", None),
+        pytest.param("loss", None, marks=pytest.mark.slow),
         pytest.param("loss with a queue", True, marks=pytest.mark.slow),
         pytest.param("loss of views", None, marks=pytest.mark.slow),
         ("loss of scores", True),
