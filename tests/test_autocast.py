@@ -102,7 +102,7 @@ def test_the_loss_of_scores_has_the_same_gradient_inside_autocast() -> None:
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("memory", ["full", "streamed"])
+@pytest.mark.parametrize("memory", [pytest.param("full", marks=pytest.mark.slow), "streamed"])
 def test_float16_trains_at_the_default_scale_of_a_gradient_scaler(memory: Any) -> None:
     centers = torch.randn(PROTOTYPES, 1, 6, 6)
     network = nn.Sequential(

@@ -413,7 +413,7 @@ def test_shapes_and_dtypes_are_known_without_values() -> None:
                 assert value.dtype == torch.promote_types(dtype, torch.float32)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_it_compiles_once_for_any_number_of_samples(weighted: bool) -> None:
     torch._dynamo.reset()
     counted = CompileCounterWithBackend("aot_eager")

@@ -88,7 +88,7 @@ def assert_same(first: nn.Module, second: nn.Module) -> None:
     ("optimizer", "backend", "options", "last", "graphs"),
     [
         ("SGD", "eager", {}, 5, 2),
-        ("AdamW", "eager", {}, SAMPLES, 1),
+        pytest.param("AdamW", "eager", {}, SAMPLES, 1, marks=pytest.mark.slow),
         pytest.param("AdamW", "inductor", {"dynamic": True}, 4, 2, marks=pytest.mark.slow),
     ],
 )

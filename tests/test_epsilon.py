@@ -455,7 +455,7 @@ def test_a_schedule_of_an_argument_makes_one_graph(
     [
         pytest.param("full", 0, False, "inductor", False, marks=pytest.mark.slow),
         ("full", 10, True, "aot_eager", True),
-        ("streamed", 0, True, "aot_eager", False),
+        pytest.param("streamed", 0, True, "aot_eager", False, marks=pytest.mark.slow),
     ],
 )
 def test_a_schedule_of_the_whole_loss_makes_one_graph(

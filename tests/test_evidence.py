@@ -116,6 +116,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_job_of_each_kind_is_interrupted_and_resumed(
     evidence, trials, report, drawings, tmp_path, monkeypatch, capsys
 ) -> None:

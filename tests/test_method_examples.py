@@ -242,6 +242,7 @@ def few_images(example, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "load_images", load_few)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_images")
 @pytest.mark.parametrize("name", METHODS)
 def test_each_runs_at_a_tiny_size(example, name: str, capsys: pytest.CaptureFixture[str]) -> None:

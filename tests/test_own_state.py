@@ -211,6 +211,7 @@ def test_what_has_followed_in_a_validation_takes_writes_in_training(
     assert len(criterion.queue) == 4
 
 
+@pytest.mark.slow
 def test_a_compiled_step_follows_too() -> None:
     torch._dynamo.reset()
     with torch.device("meta"):
@@ -229,7 +230,7 @@ def test_a_compiled_step_follows_too() -> None:
 # What others see of it
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("training", [False, True])
 def test_a_criterion_can_be_exported(training: bool, strict: bool) -> None:
     criterion, features = criterion_of().train(training), torch.randn(3, 2, 4)

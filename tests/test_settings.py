@@ -102,7 +102,7 @@ def test_a_changed_setting_is_that_of_a_new_module(route: str) -> None:
         # The one that held on to an old number
         pytest.param("full", False, "inductor", marks=pytest.mark.slow),
         ("full", True, "aot_eager"),
-        ("streamed", True, "aot_eager"),
+        pytest.param("streamed", True, "aot_eager", marks=pytest.mark.slow),
     ],
 )
 def test_a_compiled_loss_sees_each_temperature_and_epsilon(
@@ -211,12 +211,12 @@ def call_of(name: str) -> tuple[Callable[..., Any], Callable[[int, bool], tuple[
 @pytest.mark.parametrize(
     ("name", "dynamic"),
     [
-        ("loss", None),
+        pytest.param("loss", None, marks=pytest.mark.slow),
         pytest.param("loss with a queue", True, marks=pytest.mark.slow),
         pytest.param("loss of views", None, marks=pytest.mark.slow),
         ("loss of scores", True),
         ("codes", None),
-        ("codes with a prior", True),
+        pytest.param("codes with a prior", True, marks=pytest.mark.slow),
         ("marginal error", None),
         ("queue", None),
     ],

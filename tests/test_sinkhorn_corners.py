@@ -20,7 +20,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -616,6 +616,7 @@ logarithms_of_epsilon = st.floats(-3, 1)
 any_iterations = st.integers(1, 100)
 
 
+@settings(max_examples=150)
 @given(st.data(), st.sampled_from(tolerances.DTYPES), logarithms_of_epsilon, any_iterations)
 def test_any_problem_at_any_corner_has_the_codes_of_the_equations(
     data: st.DataObject, dtype: torch.dtype, logarithm: float, iterations: int
@@ -656,6 +657,7 @@ def test_any_problem_at_any_corner_has_the_codes_of_the_equations(
     assert_codes(codes, expected, epsilon=epsilon, largest=scores.abs().max().item())
 
 
+@settings(max_examples=100)
 @given(
     st.data(),
     st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),

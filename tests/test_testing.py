@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import find, given
+from hypothesis import Phase, find, given, settings
 from torch import Tensor
 
 import swavkit.testing
@@ -294,14 +294,21 @@ def test_a_law_of_transforms_finds_its_bug(law: str) -> None:
 # Strategies
 
 
-def test_strategies_reach_the_corners() -> None:
+CORNERS: list[tuple[Any, Callable[[Any], bool]]] = [
+    (codes_problems(), lambda problem: problem.scores.shape == (1, 7)),
+    (codes_problems(), lambda problem: problem.scores.shape == (9, 1)),
+    (loss_problems(), lambda problem: len(problem.codes) == 1 < len(problem.scores) - 1),
+    (loss_problems(), lambda problem: len(problem.codes) == len(problem.scores) == 5),
+    (codes_problems(weighted=True), lambda problem: (problem.sample_weight == 0).any()),
+    (codes_problems(weighted=True), lambda problem: (problem.prototype_weight == 0).any()),
+]
+
+
+@pytest.mark.parametrize(("strategy", "corner"), CORNERS)
+def test_strategies_reach_the_corners(strategy: Any, corner: Callable[[Any], bool]) -> None:
     """Those in which a bug shows: one sample, one prototype, one code view, weights of 0."""
-    find(codes_problems(), lambda problem: problem.scores.shape == (1, 7))
-    find(codes_problems(), lambda problem: problem.scores.shape == (9, 1))
-    find(loss_problems(), lambda problem: len(problem.codes) == 1 < len(problem.scores) - 1)
-    find(loss_problems(), lambda problem: len(problem.codes) == len(problem.scores) == 5)
-    find(codes_problems(weighted=True), lambda problem: (problem.sample_weight == 0).any())
-    find(codes_problems(weighted=True), lambda problem: (problem.prototype_weight == 0).any())
+    # Without the search for a simpler example, which takes longer than that for any.
+    find(strategy, corner, settings=settings(max_examples=2000, phases=[Phase.generate]))
 
 
 @given(weights(3), reals(4, 5).map(unit_rows))

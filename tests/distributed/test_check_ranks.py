@@ -240,6 +240,7 @@ def compiled_and_bare(rank: int) -> tuple[list[str | None], int]:
     return [*texts, refusal(criterion.check_ranks)], backend.graphs
 
 
+@pytest.mark.slow
 def test_a_compiled_step_compares_only_when_asked(ranks: Ranks) -> None:
     for texts, graphs in ranks.run(compiled_and_bare):
         assert graphs == 1

@@ -73,6 +73,7 @@ def shardings(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @EACH_VARIANT
 @given(shardings())
 @settings(max_examples=15)

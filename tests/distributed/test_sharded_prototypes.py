@@ -289,6 +289,7 @@ def drawn_arguments(draw: st.DrawFn) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 @given(drawn_arguments())
 @settings(max_examples=20)
 def test_any_split_and_any_weights_train_alike(
@@ -702,6 +703,7 @@ def compiled(rank: int, features: np.ndarray) -> None:
         torch.testing.assert_close(of_compiled, of_eager)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_leaves_its_graph_for_it(ranks: Ranks) -> None:
     ranks.run(compiled, features_on_ranks((3, 4, 2)))
 
