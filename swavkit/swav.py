@@ -104,8 +104,7 @@ class SwAVLoss(OwnState):
             part, or sharded prototypes.
         reduction: ``"mean"`` is the mean over the samples of this rank. ``"global_mean"``, for
             batches of different sizes, is scaled so that the mean over ranks, which DDP takes of
-            the gradients, is the mean over all samples. If a call does not synchronize, both are
-            the same.
+            the gradients, is the mean over all samples. Without synchronization, both are equal.
         shard_prototypes: Whether each rank keeps only a part of the prototypes, for a large K. See
             "Sharded prototypes" in the documentation. One rank alone keeps all.
         process_group: The ranks that share the batch for codes; the default group if ``None``.
