@@ -12,15 +12,13 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from benchmarks.kernels import operations
 from swavkit import PrototypeLayer, SwAVDetails, SwAVLoss, _head_losses
 from swavkit.swav_statistics import SwAVStatistics, cluster_statistics
-from tests.modes import LargestTensor, RefuseSynchronisation
+from tests.modes import LargestTensor, LiveStorage, RefuseSynchronisation
 from tests.states import same, snapshot
 from tests.test_streaming import blocks_of
 
@@ -528,37 +526,16 @@ def test_functional_calls_have_them(form: str) -> None:
 # What they cost
 
 
-class LiveBytes(TorchDispatchMode):
-    """Notes the most bytes that results of operations have held at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held: dict[StorageWeakRef, int] = {}
-        self.most = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for each in tree_leaves(result):
-            if isinstance(each, Tensor):
-                storage = each.untyped_storage()
-                self.held[StorageWeakRef(storage)] = storage.nbytes()
-        self.held = {each: size for each, size in self.held.items() if not each.expired()}
-        self.most = max(self.most, sum(self.held.values()))
-        return result
-
-
 def most_bytes(form: str, rows: int, samples: int, prototypes: int, asked: bool) -> int:
     """Return the most bytes of the second step, in float32 and with a backward pass."""
     criterion = SwAVLoss(DIMENSION, prototypes, memory=form.split(",")[0], queue_length=30)
     inputs = {"return_statistics": True} if asked else {}
     for _ in range(2):
         features = features_of(4, samples, dtype=torch.float32, requires_grad=True)
-        with of_form(form, rows), LiveBytes() as mode:
+        with of_form(form, rows), LiveStorage() as mode:
             loss = criterion(features, **inputs)
             (loss[0] if asked else loss).backward()
-    return mode.most
+    return mode.peak
 
 
 @pytest.mark.parametrize("form", ["streamed", "auto, fused"])
