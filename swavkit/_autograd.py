@@ -63,7 +63,10 @@ class UnitRows(torch.autograd.Function):
         largest = rows.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
         unit = rows / largest
         norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
-        norm = F.threshold(norm, 0, torch.inf)  # a zero row's gradient is 0
+        if type(norm) is Tensor:  # a zero row's gradient is 0
+            norm = F.threshold(norm, 0, torch.inf)
+        else:  # torch 2.9 has no threshold of a DTensor
+            norm = norm.masked_fill(norm == 0, torch.inf)
         return unit / norm, norm * largest
 
     @staticmethod
