@@ -24,6 +24,7 @@ ALLOWED = re.compile(
     "|this is the process under the interpreter"
     "|the interpreter of this version of Triton does not go with this NumPy"
     "|this system counts no peak of memory"
+    "|this torch traces no gradient inside a graph"
 )
 
 
