@@ -58,7 +58,6 @@ def run(output: Path, *, quick: bool) -> dict[str, Any]:
 
 def marked_tests(output: Path) -> Row:
     """Run the tests that need a device and the matrix, in a process per core, up to 14."""
-    output.mkdir(parents=True, exist_ok=True)
     processes = min(os.cpu_count() or 1, 14)
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda or matrix"]
     command += [f"--numprocesses={processes}", "--matrix", str(output.resolve() / "matrix.json")]

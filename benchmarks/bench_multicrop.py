@@ -54,7 +54,6 @@ def run(folder: Path, *, quick: bool, device: torch.device = CPU) -> dict[str, A
     finally:
         torch.set_num_threads(threads)
     if importlib.util.find_spec("matplotlib"):
-        folder.mkdir(parents=True, exist_ok=True)
         plot(steps, folder / "multicrop.png")
     return {"error": error, "alone": alone, "loaders": loaders, "steps": steps}
 
