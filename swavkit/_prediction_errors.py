@@ -193,8 +193,8 @@ def _largest(scores: Tensor) -> tuple[Tensor, Tensor]:
     largest, chunk = maxima.max(dim=-1, keepdim=True)
     first = torch.arange(0, len(chunks), maxima.shape[-1], device=scores.device)
     entries = chunks.index_select(0, first + chunk.flatten())
-    index = entries.view(*scores.shape[:-1], size).argmax(dim=-1, keepdim=True)
-    return largest, chunk * size + index
+    index = entries.view(*scores.shape[:-1], size).max(dim=-1, keepdim=True).indices
+    return largest, chunk * size + index  # argmax takes twice as long
 
 
 def residual_scale(mass: Tensor, dtype: torch.dtype) -> Tensor | None:
