@@ -161,8 +161,40 @@ def test_a_job_of_each_kind_is_interrupted_and_resumed(
 def test_without_drawings_the_others_are_trained(evidence, tmp_path, capsys) -> None:
     arguments = ["--quick", "--output", str(tmp_path), "--drawings", str(tmp_path / "none")]
     assert evidence.main([*arguments, "--only", "drawings-*", "*-targetdrawings"]) == 0
-    assert "trainings on drawings are left out" in capsys.readouterr().out
+    assert "runs on drawings are left out" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_without_timm_the_others_are_trained(evidence, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(evidence, "find_spec", lambda name: None)
+    arguments = ["--quick", "--output", str(tmp_path), "--drawings", str(tmp_path)]
+    assert evidence.main([*arguments, "--only", "*-networkresnet18*"]) == 0
+    assert "runs of ResNet-18 are left out" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_resnet_18_of_timm(evidence, trials, drawings, tmp_path) -> None:
+    pytest.importorskip("timm", reason="timm is not installed")
+    images = evidence.few(trials.drawings_of(drawings, tmp_path, True))
+    encoder = trials.ResNet18(3, 16).encoder.eval()
+    features = trials.features_of(encoder, images.held_out)
+    assert features.shape == (len(images.held_out), 512)
+    assert encoder[:4](torch.zeros(1, 3, 32, 32)).shape == (1, 64, 16, 16)  # not pooled
+    job = replace(evidence.RESNET, epochs=1, prototypes=30)
+    assert len(trials.train_swav(job, images)[1]["losses"]) == len(images.train) // 64
+
+
+def test_results_that_a_folder_lacks_are_those_of_the_result_file(
+    evidence, trials, report, tmp_path, monkeypatch
+) -> None:
+    old, new = (replace(trials.Job(), seed=seed).name for seed in (0, 1))
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results.json")
+    kept = {"losses": [0.5, 0.25]}
+    gathered = {old: kept, new: {"losses": [1.0]}, "removed": {}}
+    report.RESULTS.write_text(json.dumps({"jobs": gathered}))
+    (tmp_path / f"{new}.json").write_text(json.dumps({"job": {}, "losses": [2.0] * 20}))
+    jobs = report.collect(tmp_path, [old, new, "not run"], set())["jobs"]
+    assert jobs == {old: kept, new: {"losses": [2.0, 2.0]}}
 
 
 def test_codes_of_a_batch_with_all_images_are_those_of_all_images(evidence, trials) -> None:

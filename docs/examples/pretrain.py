@@ -131,7 +131,7 @@ def prepare(
 
 
 def warmup_of(settings: Settings, total: int) -> int:
-    """Return the steps of warm-up in a training of ``total`` steps."""
+    """Return the steps of warm-up in a run of ``total`` steps."""
     return min(settings.warmup_steps, total // 2)
 
 

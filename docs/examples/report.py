@@ -55,11 +55,17 @@ def line(result: dict[str, Any]) -> str:
 
 
 def collect(folder: Path, names: Iterable[str], curves: set[str]) -> dict[str, Any]:
-    """Return the results of a folder, rounded, those of ``curves`` with the loss of every step."""
+    """Return the results of a folder, rounded, those of ``curves`` with the loss of every step.
+
+    Results that the folder lacks are those of the result file.
+    """
+    gathered: Results = json.loads(RESULTS.read_text("utf-8"))["jobs"]
     jobs: Results = {}
     for name in names:
         path = folder / f"{name}.json"
-        if path.exists():
+        if not path.exists() and name in gathered:
+            jobs[name] = gathered[name]
+        elif path.exists():
             result = json.loads(path.read_text("utf-8"))
             losses = result.get("losses", [])
             if name not in curves:
@@ -185,7 +191,7 @@ def documents(
     claims: list[Claim],
     seeds_of: SeedsOf,
 ) -> dict[Path, str]:
-    """Return the page, and the README if its trainings were run, with the tables."""
+    """Return the page, and the README if its runs are done, with the tables."""
     results: Results = content["jobs"]
     tables = {
         name: list_table(rows_of(experiment, results, seeds_of))
@@ -313,4 +319,4 @@ def gather(
     save(crops, pictures / "evidence-crops.png")
     queues = dots(experiments["batches"], results, "same_codes", seeds_of)
     save(queues, pictures / "evidence-queues.png")
-    print(f"{len(results)} of {len(names)} trainings are in {RESULTS}")
+    print(f"{len(results)} of {len(names)} runs are in {RESULTS}")

@@ -63,7 +63,7 @@ class Job:
     epsilon: float = 0.02
     iterations: int = 3
     codes: str = "soft"  # "hard", "softmax", "prior 0.5" (exponent), "relaxed 0.1" (strength)
-    network: str = "plain"  # or "residual", that of pretrain.py, whose width and depth are fixed
+    network: str = "plain"  # or of fixed size: "residual", that of pretrain.py; "resnet18" of timm
     width: int = 16
     depth: int = 1
     seed: int = 0
@@ -220,10 +220,34 @@ def transform_of(job: Job) -> MultiCropTransform:
     return MultiCropTransform(groups, mean=MEAN, std=STD)
 
 
-def network_of(job: Job) -> Callable[[int, int], Network | PlainNetwork]:
+class ResNet18(nn.Module):
+    """timm's ResNet-18 without the pooling after its first convolution, and the head of minimal.py.
+
+    ``timm`` needs torchvision, so it is not among the requirements of the examples.
+    """
+
+    def __init__(self, channels: int, feature_dim: int) -> None:
+        super().__init__()
+        import timm
+
+        model = timm.create_model("resnet18", in_chans=channels, num_classes=0)
+        model.maxpool = nn.Identity()
+        self.encoder = nn.Sequential(*model.children())
+        width = model.num_features
+        self.head = nn.Sequential(
+            nn.Linear(width, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, feature_dim)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(images))
+
+
+def network_of(job: Job) -> Callable[[int, int], nn.Module]:
     """Return what makes the network from its channels and features."""
     if job.network == "residual":
         return Network
+    if job.network == "resnet18":
+        return ResNet18
     return partial(PlainNetwork, width=job.width, depth=job.depth)
 
 
