@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.bench_loss import FEATURE_DIM
 from benchmarks.harness import clock_of, summary, time_interleaved
-from swavkit import MultiCropTransform, SwAVLoss
+from swavkit import MultiCropTransform, SwAVLoss, swapped_prediction
 from tests.ranks import Ranks
 
 NAME = "device"
@@ -274,6 +275,9 @@ def training_steps() -> list[Row]:
     rows = [_timed("eager", Training().step), _timed("CUDA graph", graph.replay)]
     for mode in ("default", "reduce-overhead"):
         rows.append(_timed(f"compiled, {mode}", compiled(Training(), mode).step))
+    with patch.object(swapped_prediction, "BACKEND", "triton"):
+        rows.append(_timed("eager, Triton's loss", Training().step))
+        rows.append(_timed("CUDA graph, Triton's loss", captured(Training()).replay))
     return rows
 
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from swavkit._tensors import at_least_float32, on_cpu, scaled_sum
 
 # The entries of a residual range from the mass of its target down to 1/K of it. With this largest
-# entry, 1/K of it is in the range of float16 for every K that fits in memory.
-_LARGEST_RESIDUAL_IN_FLOAT16 = 256.0
+# entry, 1/K of it is in the range of float16 for every K that fits in memory. No scale is infinite.
+LARGEST_RESIDUAL_IN_FLOAT16, LEAST_MASS_IN_FLOAT16 = 256.0, 2.0**-100
 
 # A CPU finds the index of the largest entry of a row by the largest one of each chunk, if one of
 # these sizes divides the row: 0.5 of the time at K = 3,000.
@@ -202,7 +202,7 @@ def residual_scale(mass: Tensor, dtype: torch.dtype) -> Tensor | None:
     if dtype != torch.float16:
         return None
     mass = mass.where((mass > 0) & mass.isfinite(), 1)
-    return _LARGEST_RESIDUAL_IN_FLOAT16 / mass.clamp(min=2.0**-100)  # no infinite scale
+    return LARGEST_RESIDUAL_IN_FLOAT16 / mass.clamp(min=LEAST_MASS_IN_FLOAT16)
 
 
 def normalized_weights(sample_weight: Tensor | None, like: Tensor, pairs: int = 1) -> Tensor:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
-from swavkit import _checks
 from swavkit._tensors import at_least_float32, on_cpu, scaled_sum, traceable
+from swavkit._triton import attempt
 from swavkit.sinkhorn.kernel import (
     SCALINGS_OF_ONE_KERNEL,
     exponentials,
@@ -40,17 +38,13 @@ def fastest_codes(
         from swavkit.sinkhorn import triton_codes  # which imports triton
 
         if triton_codes.usable and triton_codes.supports(scores, iterations, present):
-            try:
-                return triton_codes.codes_by_triton(scores, epsilon, iterations, present)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # such as one for a C compiler that is not there
-                triton_codes.usable = False
-                warnings.warn(
-                    f"Triton cannot run its kernels for codes; torch computes them from now on: "
-                    f"{type(error).__name__}: {error}",
-                    stacklevel=_checks.callers_stacklevel(),
-                )
+            codes = attempt(
+                "codes",
+                triton_codes,
+                lambda: triton_codes.codes_by_triton(scores, epsilon, iterations, present),
+            )
+            if codes is not None:
+                return codes
     return codes_at_once(scores, epsilon, iterations, present)
 
 
