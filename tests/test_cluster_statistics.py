@@ -134,14 +134,17 @@ def test_what_is_known_without_arithmetic(device: torch.device) -> None:
     assert statistics.agreeing == statistics.pairs == 2 * 3 * 3  # of views with others, samples
 
 
+@pytest.mark.parametrize("prototypes", [70, 192, 3000])  # the last two in chunks on a CPU
 @pytest.mark.parametrize("dtype", tolerances.DTYPES, ids=str)
-def test_of_equal_scores_the_first_is_the_largest(device: torch.device, dtype: torch.dtype) -> None:
-    scores = torch.zeros(VIEWS, SAMPLES, 70, device=device, dtype=dtype)
+def test_of_equal_scores_the_first_is_the_largest(
+    device: torch.device, dtype: torch.dtype, prototypes: int
+) -> None:
+    scores = torch.zeros(VIEWS, SAMPLES, prototypes, device=device, dtype=dtype)
     scores[1:, :, 40:] = 1
-    scores[:, 3, 2] = scores[:, 3, 5] = 2
-    codes = torch.full((2, SAMPLES, 70), 1 / 70, device=device, dtype=dtype)
+    scores[:, 3, -20] = scores[:, 3, -11] = 2
+    codes = torch.ones(2, SAMPLES, prototypes, device=device, dtype=dtype) / prototypes
     found = cluster_statistics(scores, codes)
-    assert found.assigned[[0, 2, 40]].tolist() == [SAMPLES - 1, 2, SAMPLES - 1]
+    assert found.assigned[[0, -20, 40]].tolist() == [SAMPLES - 1, 2, SAMPLES - 1]
     assert found.assigned.sum() == 2 * SAMPLES
     assert found.pairs == 4 * SAMPLES
     assert found.agreeing == 4 + (SAMPLES - 1)  # of view 1 with the last view

@@ -569,6 +569,23 @@ def small_blocks() -> Iterator[None]:
         yield
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_codes_in_half_precision_block_by_block(dtype: torch.dtype, weighted: bool) -> None:
+    scores = (2 * torch.rand(11, 5) - 1).to(dtype)
+    weight = torch.rand(11) if weighted else None
+    with small_blocks():
+        codes = sinkhorn_knopp(scores, epsilon=0.1, sample_weight=weight, dtype=dtype)
+    counted = None if weight is None else weight.double().numpy()
+    expected = oracles.sinkhorn(scores.double().numpy(), 0.1, 3, counted)
+    np.testing.assert_allclose(
+        codes.double().numpy(),
+        expected,
+        rtol=0,
+        atol=tolerances.of_codes(dtype, epsilon=0.1, largest=1),
+    )
+
+
 @pytest.mark.parametrize("fractional", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["kept", "not kept"])
 def test_masses_and_codes_of_an_earlier_step_do_not_depend_on_later_ones(

@@ -533,6 +533,16 @@ def test_large_scores_do_not_overflow(device: torch.device, dtype: torch.dtype) 
 
 # Weights
 
+
+@pytest.mark.parametrize("factor", [2.0**127, 2.0**-140])
+def test_only_the_ratios_of_sample_weights_count(device: torch.device, factor: float) -> None:
+    scores, codes = torch.randn(3, 4, 5, device=device), torch.rand(2, 4, 5, device=device)
+    weight = torch.tensor([1.5, 1, 0, 1.5], device=device)
+    expected = value_and_gradient(scores, codes, sample_weight=weight)
+    found = value_and_gradient(scores, codes, sample_weight=weight * factor)
+    torch.testing.assert_close(found, expected)
+
+
 multiplicities = st.integers(0, 3).map(float)
 
 
