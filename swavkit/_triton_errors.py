@@ -50,7 +50,7 @@ def supports(
     """Tell whether :func:`errors_by_triton` can compute the errors."""
     if triton is None or len(codes) > 2:
         return False
-    tensors = [scores[0], *codes, *([] if residuals is None else [residuals[0]])]
+    tensors = [*scores, *codes, *([] if residuals is None else residuals)]
     interpreted = triton.knobs.runtime.interpret
     return all(
         type(each) is Tensor
