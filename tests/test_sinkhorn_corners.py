@@ -939,12 +939,18 @@ def test_a_score_that_is_not_finite_is_left_out_of_every_block(
     assert np.isnan(codes[[3, 7, 11]]).all()
 
 
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("epsilon", [1e-300, 1e-40, 1e38, 1e300])
 @ROUTES
-def test_any_positive_epsilon_gives_codes(at_once: int, epsilon: float) -> None:
+def test_any_positive_epsilon_gives_codes(
+    at_once: int, epsilon: float, weighted: bool, as_tensor: bool
+) -> None:
     scores = torch.tensor([[0.5, 0.25], [-0.25, 0.5]])
+    weight = torch.tensor([0.5, 0.5]) if weighted else None
+    given = torch.tensor(epsilon, dtype=torch.float64) if as_tensor else epsilon
     with blocks_of_five_samples(at_once):
-        codes = sinkhorn_knopp(scores, epsilon=epsilon)
+        codes = sinkhorn_knopp(scores, epsilon=given, sample_weight=weight)
     expected = torch.eye(2) if epsilon < 1 else torch.full((2, 2), 0.5)
     torch.testing.assert_close(codes, expected, rtol=0, atol=1e-6)
 
