@@ -253,6 +253,12 @@ CLAIMS = [
     Claim("A wider network is better", "", replace(DIGITS, width=32), DIGITS),
     Claim("ResNet-18 is better than a small network on drawings", "", RESNET, DRAWINGS),
     Claim(
+        "ResNet-18 on drawings, against an untrained one",
+        "",
+        RESNET,
+        Job("drawings", "random", network="resnet18"),
+    ),
+    Claim(
         "A power-law prior helps where classes differ in size (not of the paper)",
         "",
         replace(DRAWINGS, codes="prior 0.5"),
