@@ -188,6 +188,13 @@ def test_a_queue_of_the_criterion_counts() -> None:
     assert names({}, samples=16, criterion=SwAVLoss(8, K)) == ["too_few_samples"]
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_without_the_criterion_the_text_says_that_a_queue_is_unknown(known: bool) -> None:
+    criterion = SwAVLoss(8, K) if known else None
+    [found] = diagnose(HEALTHY, num_prototypes=K, samples=16, steps=500, criterion=criterion)
+    assert ("a queue counts in diagnose(criterion) only" in found.text) is not known
+
+
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         check_sizes(0, K)

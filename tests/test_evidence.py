@@ -197,6 +197,17 @@ def test_results_that_a_folder_lacks_are_those_of_the_result_file(
     assert jobs == {old: kept, new: {"losses": [2.0, 2.0]}}
 
 
+def test_the_quick_images_have_enough_labels_of_rare_classes(evidence, trials) -> None:
+    labels = torch.full((4000,), -1)
+    labels[:3000], labels[-20:] = 0, 1
+    pixels = torch.zeros(4000, 1, 2, 2, dtype=torch.uint8)
+    images = trials.Images(pixels, labels, pixels[:300], labels[:300], "test", ["a", "b"])
+    few = evidence.few(images)
+    assert (len(few.train), len(few.held_out)) == (256, 100)
+    assert all((few.train_labels == label).sum() >= 10 for label in (0, 1))
+    assert (few.train_labels == -1).sum() > 50
+
+
 def test_codes_of_a_batch_with_all_images_are_those_of_all_images(evidence, trials) -> None:
     images = evidence.few(trials.load("digits", Path(), Path(), True))
     job = trials.Job(epochs=1, batch_size=256, prototypes=30)

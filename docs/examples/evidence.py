@@ -30,8 +30,10 @@ from pathlib import Path
 
 import report
 import torch
+from evaluation import FEW
 from images import Images
 from threadpoolctl import threadpool_limits
+from torch import Tensor
 from trials import Job, load, run
 
 SEEDS = (0, 1, 2)
@@ -291,9 +293,13 @@ def quick(job: Job) -> Job:
 
 
 def few(images: Images) -> Images:
-    """Return up to 256 of the training and 100 of the held-out images."""
-    train = torch.linspace(0, len(images.train) - 1, min(256, len(images.train))).long()
-    test = torch.linspace(0, len(images.held_out) - 1, min(100, len(images.held_out))).long()
+    """Return up to 256 of the training and 100 of the held-out images, 10 or more of each class."""
+    labels = range(len(images.classes))
+    each = [torch.nonzero(images.train_labels == label)[:FEW, 0] for label in labels]
+    others = torch.ones(len(images.train), dtype=torch.bool)
+    others[torch.cat(each)] = False
+    train = torch.cat([*each, evenly(torch.nonzero(others)[:, 0], 256 - FEW * len(each))])
+    test = evenly(torch.arange(len(images.held_out)), 100)
     return replace(
         images,
         train=images.train[train],
@@ -301,6 +307,11 @@ def few(images: Images) -> Images:
         held_out=images.held_out[test],
         held_out_labels=images.held_out_labels[test],
     )
+
+
+def evenly(values: Tensor, most: int) -> Tensor:
+    """Return up to so many of the values, at equal distances."""
+    return values[torch.linspace(0, len(values) - 1, min(most, len(values))).long()]
 
 
 def main(arguments: list[str] | None = None) -> int:
