@@ -186,6 +186,19 @@ def test_diagnoses_are_the_same_on_ranks_with_different_steps(ranks: Ranks) -> N
     assert others == [first] * (RANKS - 1)
 
 
+def diagnosed_after_steps_of_the_first_rank(rank: int) -> list[Diagnosis]:
+    monitor = ClusterMonitor(K)
+    scores = torch.eye(K)[:1].expand(2, 8, K)
+    for _ in range(200 if rank == 0 else 0):
+        monitor.update(cluster_statistics(scores, scores), loss=9.0)
+    return monitor.diagnose()
+
+
+def test_a_rank_without_updates_does_not_make_the_training_younger(ranks: Ranks) -> None:
+    for found in ranks.run(diagnosed_after_steps_of_the_first_rank):
+        assert "collapsed" in [each.name for each in found]
+
+
 def sharded_prototypes(rank: int) -> list[float]:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(7, D, generator=generator)
