@@ -137,6 +137,7 @@ def test_features_of_a_uniform_sphere_and_of_a_collapse(device: torch.device) ->
         (uniform[:, :1].sign() * torch.ones(8, device=device), 1.0, 1.0),  # two poles
         (torch.zeros(3, 8, device=device), 0.0, 0.0),
         (torch.zeros(1, 8, device=device), 0.0, 0.0),
+        (torch.ones(1, 8, device=device), 0.0, 1.0),
     ):
         monitor = ClusterMonitor(K)
         monitor.update(statistics_of(0, device=device), features=features)

@@ -158,6 +158,10 @@ def test_prototypes_that_few_samples_cannot_reach_are_not_called_dead() -> None:
     assert names(few, window=7, **large) == []  # 10,500 samples for 3,000 prototypes
     assert names(few, window=8, **large) == []  # a window below 50 steps
     assert names(few, window=100, **large) == ["dead_prototypes"]
+    for used, dead in ((0.9, False), (0.87, True)):  # 12,000 samples reach 98 %
+        least = {"used": used, "perplexity": 2000.0}
+        found = names(least, num_prototypes=3000, samples=120, window=100)
+        assert ("dead_prototypes" in found) is dead
     # 1,600 samples reach at most 1,600 of 10,000 prototypes; a perplexity of 800 is no collapse.
     sizes = {"num_prototypes": 10_000, "samples": 16}
     assert names({"perplexity": 800.0, "used": 0.1}, **sizes) == ["too_few_samples"]
