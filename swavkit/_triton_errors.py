@@ -17,10 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swavkit._prediction_errors import (
-    LARGEST_RESIDUAL_IN_FLOAT16,
-    LEAST_MASS_IN_FLOAT16,
-)
+from swavkit._prediction_errors import LARGEST_RESIDUAL_IN_FLOAT16, LEAST_MASS_IN_FLOAT16
 
 _jit: Callable[..., Any]
 try:
@@ -76,10 +73,10 @@ def errors_by_triton(
     views, (samples, prototypes) = len(scores), scores[0].shape
     errors = torch.empty(views, samples, device=scores[0].device)
     scaled = scores[0].dtype == torch.float16
-    scale = torch.empty_like(errors[0]) if scaled else None
+    scales = torch.empty_like(errors[0]) if scaled else errors  # or a pointer that is not used
     if isinstance(inverse_temperature, Tensor):
         inverse_temperature = inverse_temperature.to(errors.device, non_blocking=True)
-    weight = errors if sample_weight is None else sample_weight  # or a pointer that is not used
+    weight = errors if sample_weight is None else sample_weight
     if weight.dtype == torch.bool:
         weight = weight.view(torch.uint8)
     columns = min(triton.next_power_of_2(prototypes), _MOST_COLUMNS)
@@ -101,20 +98,14 @@ def errors_by_triton(
             _errors[samples, count](
                 own,
                 *(codes[0], codes[-1]),
-                *(
-                    inverse_temperature,
-                    weight,
-                    errors,
-                    residual,
-                    errors if scale is None else scale,
-                ),
+                *(inverse_temperature, weight, errors, residual, scales),
                 *(samples, prototypes, view),
                 *(scores.stride(0) if isinstance(scores, Tensor) else 0, own.stride(0)),
                 *(residuals.stride(0) if isinstance(residuals, Tensor) else 0, residual.stride(0)),
                 *(codes[0].stride(0), codes[-1].stride(0), weight.stride(0)),
                 **settings,
             )
-    return errors.sum(dim=0), scale
+    return errors.sum(dim=0), scales if scaled else None
 
 
 @_jit
