@@ -6,7 +6,6 @@ They run on a CUDA device, and on the CPU under Triton's interpreter: in a proce
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -267,12 +266,18 @@ def test_triton_is_not_imported_along_with_the_package() -> None:
     assert not {"triton", "swavkit.sinkhorn.triton_codes"} & set(done.stdout.split())
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the process under the interpreter")
-@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
-def test_under_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-m", "not cuda", __file__]
+def run_under_the_interpreter(file: str) -> None:
+    """Run the tests of a file in a process whose kernels run on the CPU."""
+    if INTERPRETED:
+        pytest.skip("this is the process under the interpreter")
+    pytest.importorskip("triton", reason="triton is not installed")
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-m", "not cuda", file]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0 and REFUSED in done.stdout:
         pytest.skip("the interpreter of this version of Triton does not go with this NumPy")
     assert done.returncode == 0, done.stdout
+
+
+def test_under_the_interpreter() -> None:
+    run_under_the_interpreter(__file__)

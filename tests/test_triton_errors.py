@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from unittest.mock import MagicMock, patch
 
 import numpy as np
@@ -20,7 +16,7 @@ from swavkit._triton_errors import errors_by_triton, supports
 from swavkit.swapped_prediction import errors_of_samples
 from tests import oracles
 from tests.modes import LiveStorage
-from tests.test_triton_codes import DTYPES, INTERPRETED, REFUSED, kernels
+from tests.test_triton_codes import DTYPES, INTERPRETED, kernels, run_under_the_interpreter
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with:DeprecationWarning")
 __all__ = ["kernels"]  # a fixture
@@ -227,6 +223,9 @@ def test_torch_computes_the_errors_where_triton_cannot(error: type[Exception]) -
     with kernel, backend, FakeTensorMode():
         views = [torch.empty(4, 5, device="cuda")] * 2  # no device is needed
         arguments = views, views, 1 / TAU, None, None
+        with patch.object(swapped_prediction, "BACKEND", "torch"):
+            assert errors_of_samples(*arguments) == "those of torch"
+        assert not calls
         if error is torch.OutOfMemoryError:
             with pytest.raises(error):
                 errors_of_samples(*arguments)
@@ -237,12 +236,5 @@ def test_torch_computes_the_errors_where_triton_cannot(error: type[Exception]) -
     assert len(calls) == 1
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the process under the interpreter")
-@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
 def test_under_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-m", "not cuda", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode != 0 and REFUSED in done.stdout:
-        pytest.skip("the interpreter of this version of Triton does not go with this NumPy")
-    assert done.returncode == 0, done.stdout
+    run_under_the_interpreter(__file__)
