@@ -3,40 +3,28 @@
 The equations are those of ``_prediction_errors.py``. A program takes one sample of one view and
 goes over its prototypes three times, tile by tile: for the largest score, for the sums, and for the
 residual, which may overwrite the scores.
-
-Triton comes with torch for CUDA, and is imported along with this file.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # ruff: noqa: N803
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from swavkit._prediction_errors import LARGEST_RESIDUAL_IN_FLOAT16, LEAST_MASS_IN_FLOAT16
+from swavkit._triton import jit, takes, tl, triton
 
-_jit: Callable[..., Any]
-try:
-    import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
-except ImportError:
-    triton = None
-
-    def _jit(kernel):
-        return kernel
-else:
-    _jit = triton.jit(do_not_specialize=["samples", "view"])  # for another batch, the same kernel
+_jit = jit(["samples", "view"])  # for another batch, the same kernel
+if triton is not None:
     _SCALE = tl.constexpr(LARGEST_RESIDUAL_IN_FLOAT16)
     _LEAST_MASS = tl.constexpr(LEAST_MASS_IN_FLOAT16)
 
 usable = True  # until the kernel could not be run
 
 _MOST_COLUMNS, _COLUMNS_OF_A_WARP = 4096, 512  # of a tile
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def supports(
@@ -45,18 +33,8 @@ def supports(
     residuals: Tensor | Sequence[Tensor] | None,
 ) -> bool:
     """Tell whether :func:`errors_by_triton` can compute the errors."""
-    if triton is None or len(codes) > 2:
-        return False
     tensors = [*scores, *codes, *([] if residuals is None else residuals)]
-    interpreted = triton.knobs.runtime.interpret
-    return all(
-        type(each) is Tensor
-        and (each.is_cuda or (interpreted and each.device.type == "cpu"))
-        and each.dtype in _DTYPES
-        and 0 < each.numel() < 2**31
-        and (each.stride(-1) == 1 or each.shape[-1] == 1)
-        for each in tensors
-    )
+    return len(codes) <= 2 and all(takes(each) and 0 < each.numel() < 2**31 for each in tensors)
 
 
 def errors_by_triton(
@@ -109,6 +87,24 @@ def errors_by_triton(
 
 
 @_jit
+def _tile(
+    scores, first, second, start, prototypes, predicts_first, predicts_second,
+    CODES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Return numbers of prototypes, whether they exist, scores, the target and all codes."""
+    columns = start + tl.arange(0, COLUMNS)
+    inside = columns < prototypes
+    values = tl.load(scores + columns, mask=inside, other=float("-inf")).to(tl.float32)
+    of_all = tl.load(first + columns, mask=inside, other=0.0).to(tl.float32)
+    target = tl.where(predicts_first, of_all, 0.0)
+    if CODES == 2:
+        code = tl.load(second + columns, mask=inside, other=0.0).to(tl.float32)
+        target += tl.where(predicts_second, code, 0.0)
+        of_all += code
+    return columns, inside, values, target, of_all
+
+
+@_jit
 def _errors(
     scores, first, second, inverse_temperature, weight, errors, residuals, scales,
     samples, prototypes, view,
@@ -146,19 +142,14 @@ def _errors(
     mass = tl.zeros((COLUMNS,), tl.float32)
     mass_of_all = tl.zeros((COLUMNS,), tl.float32)
     for start in range(0, prototypes, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        inside = columns < prototypes
-        values = tl.load(scores + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        _columns, _inside, values, target, of_all = _tile(
+            scores, first, second, start, prototypes, predicts_first, predicts_second,
+            CODES, COLUMNS,
+        )  # fmt: skip
         logits = (values - level) * inverse_temperature
         sums += tl.exp(logits)
-        code = tl.load(first + columns, mask=inside, other=0.0).to(tl.float32)
-        target = tl.where(predicts_first, code, 0.0)
-        mass_of_all += code
-        if CODES == 2:
-            code = tl.load(second + columns, mask=inside, other=0.0).to(tl.float32)
-            target += tl.where(predicts_second, code, 0.0)
-            mass_of_all += code
         mass += target
+        mass_of_all += of_all
         agreement += tl.where(target == 0, 0.0, target * logits)  # 0 · -inf is 0 here
     total, of_target = tl.sum(sums, axis=0), tl.sum(mass, axis=0)
     error = of_target * tl.log(total) - tl.sum(agreement, axis=0)
@@ -173,14 +164,10 @@ def _errors(
     if RESIDUAL:
         factor = of_target / total
         for start in range(0, prototypes, COLUMNS):
-            columns = start + tl.arange(0, COLUMNS)
-            inside = columns < prototypes
-            values = tl.load(scores + columns, mask=inside, other=float("-inf")).to(tl.float32)
+            columns, inside, values, target, _of_all = _tile(
+                scores, first, second, start, prototypes, predicts_first, predicts_second,
+                CODES, COLUMNS,
+            )  # fmt: skip
             softmax = tl.exp((values - level) * inverse_temperature)
-            code = tl.load(first + columns, mask=inside, other=0.0).to(tl.float32)
-            target = tl.where(predicts_first, code, 0.0)
-            if CODES == 2:
-                code = tl.load(second + columns, mask=inside, other=0.0).to(tl.float32)
-                target += tl.where(predicts_second, code, 0.0)
             residual = tl.where(counts, (target - factor * softmax) * scale, 0.0)
             tl.store(residuals + columns, residual, mask=inside)

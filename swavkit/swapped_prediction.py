@@ -38,7 +38,6 @@ from swavkit._prediction_errors import (
     residual_scale,
 )
 from swavkit._tensors import at_least_float32, autocast_disabled, empty, on_cpu, traceable
-from swavkit._triton import attempt
 
 __all__ = ["SwappedPredictionLoss", "swapped_prediction_loss"]
 
@@ -210,7 +209,8 @@ def errors_of_samples(
         observed: Overwritten, if rows are observed.
     """
     if BACKEND == "triton" and scores[0].is_cuda and not torch.compiler.is_compiling():
-        from swavkit import _triton_errors  # which imports triton
+        from swavkit import _triton_errors
+        from swavkit._triton import attempt  # which imports triton
 
         if (
             observed is None

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from swavkit._tensors import at_least_float32, on_cpu, scaled_sum, traceable
-from swavkit._triton import attempt
 from swavkit.sinkhorn.kernel import (
     SCALINGS_OF_ONE_KERNEL,
     exponentials,
@@ -35,7 +34,8 @@ def fastest_codes(
 ) -> Tensor:
     """Return :func:`codes_at_once`, by the backend for the device."""
     if BACKEND == "triton" and scores.is_cuda and not torch.compiler.is_compiling():
-        from swavkit.sinkhorn import triton_codes  # which imports triton
+        from swavkit._triton import attempt  # which imports triton
+        from swavkit.sinkhorn import triton_codes
 
         if triton_codes.usable and triton_codes.supports(scores, iterations, present):
             codes = attempt(

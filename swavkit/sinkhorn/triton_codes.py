@@ -4,8 +4,6 @@ The steps are those of :func:`~swavkit.sinkhorn.at_once.codes_at_once`. A progra
 of one problem and goes over their prototypes twice, tile by tile: first for v, then for its part of
 the prototypes' masses, or for the codes. Parts of masses are added up in a fixed order, so results
 do not differ from run to run. The first part is relative to its largest score of each prototype.
-
-Triton comes with torch for CUDA, and is imported along with this file.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # ruff: noqa: N803
@@ -13,26 +11,16 @@ Triton comes with torch for CUDA, and is imported along with this file.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from swavkit._triton import jit, takes, tl, triton
 from swavkit.sinkhorn.kernel import SCALINGS_OF_ONE_KERNEL
 
-_jit: Callable[..., Any]
-try:
-    import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
-except ImportError:
-    triton = None
-
-    def _jit(kernel):
-        return kernel
-else:
-    _SIZES = ["groups", "samples", "prototypes", "stride", "stride_of_problems"]
-    _jit = triton.jit(do_not_specialize=_SIZES)  # no new compilation for another batch
+# No new compilation for another batch.
+_jit = jit(["groups", "samples", "prototypes", "stride", "stride_of_problems"])
+if triton is not None:
     # Scaled scores are within float32's largest number / 8, see kernel.py.
     _LOWEST = tl.constexpr(torch.finfo(torch.float32).min / 4)
     _BELOW_ALL_SUMS = tl.constexpr(torch.finfo(torch.float32).min / 2)
@@ -51,16 +39,11 @@ _TILE_OF_MASSES = (64, 32)  # groups and prototypes, otherwise
 
 def supports(scores: Tensor, iterations: int, sample_weight: Tensor | None = None) -> bool:
     """Tell whether :func:`codes_by_triton` can compute the codes."""
-    if triton is None or type(scores) is not Tensor:
-        return False
-    on_device = scores.is_cuda or (triton.knobs.runtime.interpret and scores.device.type == "cpu")
     return bool(
-        on_device
-        and scores.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        takes(scores)
         and scores.dim() in (2, 3)
         and all(0 < size < 2**28 for size in scores.shape)
         and (scores.dim() == 2 or len(scores) < 2**16)
-        and (scores.stride(-1) == 1 or scores.shape[-1] == 1)
         and iterations <= SCALINGS_OF_ONE_KERNEL
         and (sample_weight is None or sample_weight.dtype == torch.bool)
     )
