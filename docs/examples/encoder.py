@@ -103,12 +103,17 @@ class PlainNetwork(nn.Module):
                 layers += [nn.BatchNorm2d(new), nn.ReLU()]
                 channels = new
         self.encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
-        self.head = nn.Sequential(
-            nn.Linear(16 * width, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, feature_dim)
-        )
+        self.head = plain_head(16 * width, feature_dim)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.encoder(images))
+
+
+def plain_head(features: int, feature_dim: int) -> nn.Sequential:
+    """Return the projection head of minimal.py."""
+    return nn.Sequential(
+        nn.Linear(features, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, feature_dim)
+    )
 
 
 class PatchEncoder(nn.Module):

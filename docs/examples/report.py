@@ -63,9 +63,7 @@ def collect(folder: Path, names: Iterable[str], curves: set[str]) -> dict[str, A
     jobs: Results = {}
     for name in names:
         path = folder / f"{name}.json"
-        if not path.exists() and name in gathered:
-            jobs[name] = gathered[name]
-        elif path.exists():
+        if path.exists():
             result = json.loads(path.read_text("utf-8"))
             losses = result.get("losses", [])
             if name not in curves:
@@ -73,6 +71,8 @@ def collect(folder: Path, names: Iterable[str], curves: set[str]) -> dict[str, A
                 losses = np.reshape(losses[:whole], (-1, MEAN_OF)).mean(axis=1).tolist()
             del result["job"]
             jobs[name] = {**result, "losses": losses}
+        elif name in gathered:
+            jobs[name] = gathered[name]
     packages = ("swavkit", "torch", "numpy", "scikit-learn", "scikit-image", "mlxtend")
     return {
         "versions": {

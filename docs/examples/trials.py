@@ -23,7 +23,16 @@ import simclr
 import torch
 import torch.nn.functional as F
 from checkpoint import write
-from encoder import MEAN, STD, Network, PlainNetwork, distort_digits, features_of, pixels_of
+from encoder import (
+    MEAN,
+    STD,
+    Network,
+    PlainNetwork,
+    distort_digits,
+    features_of,
+    pixels_of,
+    plain_head,
+)
 from evaluation import evaluate, few_of_each_class
 from images import Images, load_images, read_folder
 from settings import Settings
@@ -233,10 +242,7 @@ class ResNet18(nn.Module):
         model = timm.create_model("resnet18", in_chans=channels, num_classes=0)
         model.maxpool = nn.Identity()
         self.encoder = nn.Sequential(*model.children())
-        width = model.num_features
-        self.head = nn.Sequential(
-            nn.Linear(width, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, feature_dim)
-        )
+        self.head = plain_head(model.num_features, feature_dim)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.encoder(images))
