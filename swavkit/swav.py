@@ -366,8 +366,8 @@ class SwAVLoss(OwnState):
         if self.training and not repeated:
             if self.queue is not None:
                 present = None if sample_weight is None else sample_weight != 0
-                newest = code_views or views[: self.num_code_views]
-                newest = [unit_rows(view.detach()) for view in newest]
+                newest = batch.features if batch.code_features is None else batch.code_features
+                newest = unit_rows(newest[: self.num_code_views].detach())
                 self.queue.push(newest, valid=present)
             self.steps.add_(1)
         if not requested:

@@ -240,7 +240,7 @@ def test_launches_are_counted_on_the_path_of_an_accelerator() -> None:
     assert plain <= weighted <= found["swavkit, both weighted", 1]
 
 
-@pytest.mark.parametrize(("queue_length", "forward"), [(0, 88), (3840, 154)])
+@pytest.mark.parametrize(("queue_length", "forward"), [(0, 85), (3840, 141)])
 def test_a_step_of_eight_views_takes_few_operations(queue_length: int, forward: int) -> None:
     criterion = SwAVLoss(128, 3000, queue_length=queue_length, freeze_steps=1).to("meta")
     features = torch.zeros(8, 64, 128, device="meta", requires_grad=True)
@@ -249,7 +249,7 @@ def test_a_step_of_eight_views_takes_few_operations(queue_length: int, forward: 
     assert kernels.operations(losses[0].backward) <= 15
 
 
-@pytest.mark.parametrize(("problems", "most"), [(1, 39), (2, 45)])
+@pytest.mark.parametrize(("problems", "most"), [(1, 35), (2, 40)])
 def test_codes_of_present_samples_take_few_operations(problems: int, most: int) -> None:
     scores = torch.zeros(problems, 256, 3000, device="meta")
     present = torch.ones(256, dtype=torch.bool, device="meta")

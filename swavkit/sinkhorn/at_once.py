@@ -60,31 +60,31 @@ def codes_at_once(
     dtype = at_least_float32(scores.dtype)
     lowest = torch.finfo(dtype).min / 4  # the scaled score of an excluded prototype
     scale, rate = scale_and_rate(traceable(epsilon, scores.device), dtype)
-    nan_mask = nan_mask_of(scores).to(dtype).unsqueeze(-1)  # (..., B, 1)
-    counts = nan_mask == 0  # r
-    code_mass = nan_mask.exp()  # NaN or 1, the sum of each code
+    nan_mask = nan_mask_of(scores).to(dtype)
+    finite = nan_mask == 0  # (..., B)
     values = torch.empty(scores.shape, dtype=dtype, device=scores.device)
     if present is None:
-        scaled_sum(nan_mask, scores, scale, out=values).nan_to_num_(lowest, lowest, lowest)
+        counts = finite  # r
+        scaled_sum(nan_mask.unsqueeze(-1), scores, scale, out=values)
+        values.nan_to_num_(lowest, lowest, lowest)
         values.sub_(values.amax(dim=-2, keepdim=True))
     else:
-        present = present.unsqueeze(-1)
-        code_mass = torch.where(present, code_mass, counts)
-        nan_mask = nan_mask / present  # NaN for an absent sample too
-        counts = nan_mask == 0
-        scaled_sum(nan_mask, scores, -scale, out=values).nan_to_num_(
+        counts = finite & present
+        not_counted = (nan_mask / present).unsqueeze(-1)  # NaN, or 0
+        nan_mask = torch.where(present, nan_mask, present)  # 0 for an absent sample
+        scaled_sum(not_counted, scores, -scale, out=values).nan_to_num_(
             torch.inf, torch.inf, torch.inf
         )
         shift = values.amin(dim=-2, keepdim=True).nan_to_num_(posinf=0)  # of nobody
         scaled_sum(shift, scores, scale, out=values).nan_to_num_(lowest, lowest, lowest)
     largest = exponentials(values, rate)  # that of an absent sample may be anything
-    v = scaled_sum(nan_mask.squeeze(-1), largest, rate).exp_().nan_to_num_(0)
-    counts = counts.squeeze(-1)
+    v = torch.where(counts, (largest * rate).exp_(), counts)
     transposed = values.mT
-    for _ in range(iterations):
+    u = products(transposed, v).reciprocal_()
+    for _ in range(iterations - 1):
+        v = counts / products(values, u)
         u = products(transposed, v).reciprocal_()
-        if present is not None:
-            u.nan_to_num_(torch.nan, 1)  # of nobody
-        sums = products(values, u)
-        v = counts / sums
-    return values.mul_(u.unsqueeze(-2)).mul_(code_mass.div_(sums.unsqueeze(-1)))
+    if present is not None:
+        u.nan_to_num_(1, 1)  # of nobody
+    sums = values.mul_(u.unsqueeze(-2)).sum(dim=-1)
+    return values.mul_(torch.addcdiv(nan_mask, finite, sums).unsqueeze(-1))
