@@ -89,10 +89,11 @@ class OwnState(nn.Module):
         if mismatches:
             return  # do not load a part of the state
         for name, value in loaded.items():
-            if local_metadata.get("assign_to_params_buffers", False):
-                setattr(self, name, value)
-                continue
             held = getattr(self, name)
+            if local_metadata.get("assign_to_params_buffers", False):
+                # Counts and masks stay what they are if the whole dict was converted.
+                setattr(self, name, value if held.is_floating_point() else value.to(held.dtype))
+                continue
             if held.is_meta and not value.is_meta:
                 warnings.warn(
                     f"{own[name]} is on the meta device, where nothing can be loaded; expected "

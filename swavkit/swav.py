@@ -367,8 +367,7 @@ class SwAVLoss(OwnState):
             if self.queue is not None:
                 present = None if sample_weight is None else sample_weight != 0
                 newest = batch.features if batch.code_features is None else batch.code_features
-                newest = unit_rows(newest[: self.num_code_views].detach())
-                self.queue.push(newest, valid=present)
+                self.queue.push(unit_rows(newest[: self.num_code_views].detach()), valid=present)
             self.steps.add_(1)
         if not requested:
             return loss
@@ -416,6 +415,7 @@ class SwAVLoss(OwnState):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SwAVLoss:
+        self._priors(self.steps.device)  # A bad one is refused before anything moves.
         super()._apply(fn, recurse)
         self._priors(self.steps.device)  # If a compiled call moved them, it would compile again.
         return self

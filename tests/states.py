@@ -12,5 +12,7 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    """Tell whether two states have the same keys and values."""
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    """Tell whether two states have the same keys, dtypes and values."""
+    return first.keys() == second.keys() and all(
+        first[k].dtype == second[k].dtype and torch.equal(first[k], second[k]) for k in first
+    )

@@ -7,6 +7,7 @@ import inspect
 import math
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -540,9 +541,10 @@ def test_a_prior_changed_to_nonsense_is_refused(memory: str) -> None:
         criterion = SwAVLoss(DIMENSION, PROTOTYPES, memory=memory, queue_length=10)
         criterion.prototype_weight = bad
         before = snapshot(criterion)
-        with pytest.raises((TypeError, ValueError), match=r"^prototype_weight must "):
-            criterion(features_of(dtype=torch.float32))
-        assert same(snapshot(criterion), before)
+        for call in (partial(criterion, features_of(dtype=torch.float32)), criterion.double):
+            with pytest.raises((TypeError, ValueError), match=r"^prototype_weight must "):
+                call()
+            assert same(snapshot(criterion), before)
 
 
 @ANY_MEMORY

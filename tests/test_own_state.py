@@ -117,6 +117,19 @@ def test_a_load_that_meta_cannot_take_is_told() -> None:
     assert same(snapshot(queue), snapshot(saved.queue))
 
 
+def test_counts_and_masks_of_a_converted_state_keep_their_dtypes() -> None:
+    saved = criterion_of()
+    train(saved, 2)
+    converted = {key: value.double() for key, value in saved.state_dict().items()}
+    loaded = criterion_of()
+    loaded.load_state_dict(converted, assign=True)
+    for key, value in loaded.state_dict().items():
+        of_saved = saved.state_dict()[key]
+        assert value.dtype == (torch.float64 if of_saved.is_floating_point() else of_saved.dtype)
+        assert torch.equal(value, of_saved.to(value.dtype))
+    train(loaded.double(), 1)
+
+
 # Copies whose parameters are averaged
 
 
