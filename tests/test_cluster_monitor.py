@@ -570,7 +570,7 @@ def test_the_diagnosis_is_of_the_figures(seen: dict[str, Any]) -> None:
     criterion = SwAVLoss(3, K)
     assert monitor.diagnose(criterion) == ["worst"]
     assert seen.pop("figures") == floats(monitor.compute())
-    settings = {"num_prototypes": K, "samples": 6.0, "steps": 3, "window": 2}
+    settings = {"num_prototypes": K, "samples": 6.0, "steps": 3, "window": 2, "processes": 1}
     assert seen == {**settings, "criterion": criterion}
     monitor.diagnose()
     assert seen["criterion"] is None

@@ -227,12 +227,15 @@ def test_local_codes_are_found_in_a_job_of_several_ranks(monkeypatch: pytest.Mon
     local = SwAVLoss(8, K, synchronize=False)
     assert names({}, criterion=local) == []  # one rank
     monkeypatch.setattr(diagnosis, "participants", lambda group, synchronize: "a group of four")
-    monkeypatch.setattr(diagnosis, "number_of_ranks", lambda group: 4)
-    assert names({}, criterion=SwAVLoss(8, K)) == []
-    assert names({}, criterion=local, samples=256) == ["local_codes"]
+    monkeypatch.setattr(diagnosis, "rank_and_size", lambda group: (0, 4))
+    assert names({}, criterion=SwAVLoss(8, K), processes=4) == []
+    assert names({}, criterion=local, samples=256, processes=4) == ["local_codes"]
     # Of 64 samples, local codes see 16.
-    assert names({}, criterion=local) == ["local_codes", "too_few_samples"]
-    assert names({}, criterion=SwAVLoss(8, K, queue_length=10), samples=16) == []
+    assert names({}, criterion=local, processes=4) == ["local_codes", "too_few_samples"]
+    assert names({}, criterion=SwAVLoss(8, K, queue_length=10), samples=16, processes=4) == []
+    # Of a monitor of this rank alone.
+    assert names({}, criterion=SwAVLoss(8, K), samples=16) == []
+    assert names({}, criterion=SwAVLoss(8, K), samples=10) == ["too_few_samples"]
 
 
 # The queue

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from swavkit import _checks
-from swavkit.distributed.collectives import number_of_ranks, participants
+from swavkit.distributed.collectives import participants, rank_and_size
 
 __all__ = ["Diagnosis", "check_sizes"]
 
@@ -140,6 +140,7 @@ def diagnose(
     samples: float,
     steps: int,
     window: int = 100,
+    processes: int = 1,
     criterion: Any = None,
 ) -> list[Diagnosis]:
     """Return what is wrong with training, worst first; an empty list if nothing is.
@@ -154,9 +155,10 @@ def diagnose(
             in the queue: their number ``"queued"``, and their ``"queue_std"`` and ``"queue_drift"``
             over the spread of the current features.
         num_prototypes: K, the number of prototypes.
-        samples: The number of samples in a step, over all ranks.
+        samples: The number of samples in a step, over all ``processes``.
         steps: The number of steps that the figures come from, before the window cuts them.
         window: The largest number of steps in the figures.
+        processes: The number of ranks that the figures come from.
         criterion: The :class:`SwAVLoss` of the training, for its queue and its settings. A loss of
             several heads is compared with the mean of their ln K.
 
@@ -180,7 +182,7 @@ def diagnose(
     if not isinstance(figures, Mapping):
         raise TypeError(f"figures must be a mapping, got {type(figures).__name__}")
 
-    found = _certain(figures, prototypes, samples, window, criterion)
+    found = _certain(figures, prototypes, samples / processes, processes, window, criterion)
     trained = max(steps, int(getattr(criterion, "steps", 0)))
     if trained >= _LEAST_STEPS and window >= _LEAST_WINDOW and prototypes > 1:
         found += _of_features(figures)
@@ -239,9 +241,14 @@ def _too_few(seen: float, prototypes: int, remark: str = "") -> list[Diagnosis]:
 
 
 def _certain(
-    figures: Mapping[str, float], prototypes: int, samples: float, window: int, criterion: Any
+    figures: Mapping[str, float],
+    prototypes: int,
+    samples: float,
+    processes: int,
+    window: int,
+    criterion: Any,
 ) -> list[Diagnosis]:
-    """Return the diagnoses that need no evidence over many steps."""
+    """Return the diagnoses that need no evidence over many steps, by ``samples`` of a rank."""
     found = []
     nonfinite = _figure(figures, "nonfinite")
     if nonfinite > 0:
@@ -249,17 +256,19 @@ def _certain(
         remedies = (_LOWER_RATE, _WARM_UP, _BFLOAT16, _COSINES)
         found.append(Diagnosis("non_finite", text, remedies))
 
-    ranks = number_of_ranks(participants(None, True))
-    sinkhorn = getattr(criterion, "sinkhorn", None)
-    if ranks > 1 and sinkhorn is not None and not getattr(sinkhorn, "synchronize", True):
-        text = f"each of the {ranks} ranks computes its codes from its own samples alone"
-        found.append(Diagnosis("local_codes", text, (_SYNCHRONIZE,)))
-        samples, ranks = samples / ranks, 1
+    ranks, unknown = processes, "; a queue counts in diagnose(criterion) only"
+    if criterion is not None:
+        sinkhorn, unknown = getattr(criterion, "sinkhorn", None), ""
+        group = participants(getattr(sinkhorn, "process_group", None), True)
+        _, ranks = rank_and_size(group)
+        if ranks > 1 and not getattr(sinkhorn, "synchronize", True):
+            text = f"each of the {ranks} ranks computes its codes from its own samples alone"
+            found.append(Diagnosis("local_codes", text, (_SYNCHRONIZE,)))
+            ranks = 1
     if samples > 0:
         queue = getattr(criterion, "queue", None)
-        queued = 0 if queue is None else queue.length * ranks
-        unknown = "; a queue counts in diagnose(criterion) only" if criterion is None else ""
-        found += _too_few(samples + queued, prototypes, unknown)
+        queued = 0 if queue is None else queue.length
+        found += _too_few((samples + queued) * ranks, prototypes, unknown)
     return found
 
 

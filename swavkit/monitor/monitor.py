@@ -16,6 +16,7 @@ from swavkit.distributed.collectives import (
     device_for,
     full_tensor,
     participants,
+    rank_and_size,
     sum_over_ranks,
 )
 from swavkit.monitor.diagnosis import Diagnosis, diagnose
@@ -255,12 +256,14 @@ class ClusterMonitor(OwnState):
         if criterion is not None and not hasattr(criterion, "sinkhorn"):
             raise TypeError(f"criterion must be a SwAVLoss, got {type(criterion).__name__}")
         window = self._window(getattr(criterion, "queue", None))
+        _, processes = rank_and_size(participants(self.process_group, True))
         return diagnose(
             {name: value.item() for name, value in window.figures.items()},
             num_prototypes=self.num_prototypes,
             samples=window.samples_per_step.item(),
             steps=window.updates,
             window=self.window,
+            processes=processes,
             criterion=criterion,
         )
 

@@ -252,6 +252,27 @@ def test_local_codes_are_named_on_both_ranks(start_ranks: Callable[[int], Ranks]
     assert start_ranks(2).run(found_of_local_and_global_codes) == [expected] * 2
 
 
+def found_of_groups_of_one_rank(rank: int) -> list[list[str]]:
+    """Return what monitors of the rank and of the job find for codes of the rank alone."""
+    group = [dist.new_group([member]) for member in range(2)][rank]
+    criterion = SwAVLoss(D, 100, queue_length=30, process_group=group)
+    features = torch.randn(2, 10, D)
+    found = []
+    for of_monitor in (group, None):
+        monitor = ClusterMonitor(100, process_group=of_monitor)
+        _, statistics = criterion(features, return_statistics=True)
+        monitor.update(statistics)
+        found.append([diagnosis.name for diagnosis in monitor.diagnose(criterion)])
+    return found
+
+
+def test_codes_of_a_group_see_the_samples_and_queues_of_the_group(
+    start_ranks: Callable[[int], Ranks],
+) -> None:
+    expected = ["too_few_samples"]  # 40 for 100 prototypes, and no codes that are local by mistake
+    assert start_ranks(2).run(found_of_groups_of_one_rank) == [[expected, expected]] * 2
+
+
 def found_of_a_stale_queue(rank: int) -> list[Diagnosis]:
     criterion = SwAVLoss(D, K, queue_length=20)
     monitor = ClusterMonitor(K, window=50)
