@@ -48,10 +48,12 @@ def takes(values: Tensor) -> bool:
 
 
 def attempt(what: str, file: Any, kernels: Callable[[], Result]) -> Result | None:
-    """Return the result of some kernels.
+    """Return the result of some kernels, or ``None`` if Triton cannot run those of ``file``.
 
-    If Triton cannot run them, warn, note that ``file`` is not ``usable``, and return ``None``.
+    The first time, warn and note that ``file`` is not ``usable``.
     """
+    if not file.usable:
+        return None
     try:
         return kernels()
     except torch.OutOfMemoryError:

@@ -212,11 +212,7 @@ def errors_of_samples(
         from swavkit import _triton_errors
         from swavkit._triton import attempt  # which imports triton
 
-        if (
-            observed is None
-            and _triton_errors.usable
-            and _triton_errors.supports(scores, codes, residuals)
-        ):
+        if observed is None and _triton_errors.supports(scores, codes, residuals):
             arguments = scores, codes, inverse_temperature, sample_weight, residuals
             found = attempt(
                 "the loss", _triton_errors, lambda: _triton_errors.errors_by_triton(*arguments)
@@ -230,12 +226,12 @@ def errors_of_samples(
         )
     results = [
         _errors_of_block(
-            _rows_of_views(scores, rows),
-            _rows_of_views(codes, rows),
+            _samples_of(scores, rows),
+            _samples_of(codes, rows),
             inverse_temperature,
             None if sample_weight is None else sample_weight[rows],
-            None if residuals is None else _rows_of_views(residuals, rows),
-            None if observed is None else _observed_rows(observed, rows),
+            None if residuals is None else _samples_of(residuals, rows),
+            None if observed is None else _observed_samples(observed, rows),
         )
         for rows in blocks
     ]
@@ -279,7 +275,7 @@ def _errors_of_block(
                 _together(scores, range(1)),
                 [nothing],
                 inverse_temperature,
-                observed=_rows_of(observed, range(1)),
+                observed=_observed_views(observed, range(1)),
                 memory=memory[:1],
             )
     if alone and residuals is not None:  # which may be the scores
@@ -294,7 +290,7 @@ def _errors_of_block(
                 inverse_temperature,
                 residual,
                 scale,
-                None if observed is None else _rows_of(observed, views),
+                None if observed is None else _observed_views(observed, views),
                 memory,
             )
         )
@@ -322,7 +318,7 @@ def _blocks(scores: Views) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, samples, rows)]
 
 
-def _rows_of_views(views: Views, rows: slice) -> Views:
+def _samples_of(views: Views, rows: slice) -> Views:
     """Return some samples of all views."""
     if isinstance(views, Tensor):
         return views[:, rows]
@@ -346,13 +342,13 @@ def _together(views: Views, group: range) -> Tensor:
     return views[group.start].unsqueeze(0)
 
 
-def _rows_of(observed: ObservedRows, group: range) -> ObservedRows:
+def _observed_views(observed: ObservedRows, group: range) -> ObservedRows:
     """Return the rows of the views of a group."""
     views = slice(group.start, group.stop)
     return observed._replace(nearest=observed.nearest[views], entropies=observed.entropies[views])
 
 
-def _observed_rows(observed: ObservedRows, rows: slice) -> ObservedRows:
+def _observed_samples(observed: ObservedRows, rows: slice) -> ObservedRows:
     """Return the rows of some samples, with the usage by all."""
     nearest, entropies, code_entropies, code_usage, weight = observed
     return ObservedRows(

@@ -70,9 +70,9 @@ class SwAVLoss(OwnState):
         value = loss(scores, codes)
         queue.push(unit_rows(features[:A]))
 
-    With many scores or a queue, unless a part is hooked or details are requested, codes, loss and
-    gradients are computed block by block instead. The results are the same, and the scores of all
-    views are never in memory at once.
+    With many scores, unless a part is hooked or details are requested, codes, loss and gradients
+    are computed block by block instead; see ``memory``. The results are the same, and only the
+    scores of a block are in memory.
 
     The module owns parameters and state. Give its parameters to the optimizer, save its
     ``state_dict()``, and in a distributed job wrap it in DDP or FSDP2, alone or inside the model.
@@ -97,7 +97,7 @@ class SwAVLoss(OwnState):
             weight decay turns them, and that of SGD with a momentum of 0.9 reverses them if the
             learning rate times ``weight_decay`` is above 0.0026.
         memory: ``"full"`` calls the parts, which holds the scores of all views. ``"streamed"``
-            computes block by block and holds none. ``"auto"`` calls the parts for up to 2^20
+            computes block by block and holds one. ``"auto"`` calls the parts for up to 2^20
             scores without a queue on a CPU, and 2^28 elsewhere. Otherwise it computes block by
             block, and keeps the kernels of the code views if they take at most 1 GiB.
             ``"streamed"`` cannot be combined with details, validated codes, a replaced or hooked

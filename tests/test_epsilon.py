@@ -117,11 +117,6 @@ def test_a_tensor_serves_for_a_list_of_scores(options: str) -> None:
         assert_codes(codes, each, 0.125)
 
 
-def given_or_set(module: nn.Module, name: str, value: Any) -> nn.Module:
-    setattr(module, name, value)
-    return module
-
-
 @pytest.mark.parametrize("route", ["given", "set"])
 def test_the_modules_take_a_tensor_when_made_or_later(route: str) -> None:
     scores = scores_of(3)

@@ -44,6 +44,7 @@ from swavkit.sinkhorn.kernel import (
     over_prototypes,
     over_samples,
 )
+from swavkit.sinkhorn.marginals import may_be_fractional
 from swavkit.swav_statistics import SwAVStatistics, block_statistics
 
 if TYPE_CHECKING:
@@ -55,12 +56,12 @@ class BatchLayout(NamedTuple):
 
     Attributes:
         sizes: The number of samples of each rank.
-        group: The ranks; ``None`` for a single rank.
+        group: The ranks.
         fractional: Whether a rank may have weights other than 0 and 1.
     """
 
     sizes: list[int]
-    group: ProcessGroup | None
+    group: ProcessGroup
     fractional: bool
 
     def own(self) -> slice:
@@ -71,16 +72,13 @@ class BatchLayout(NamedTuple):
 
 
 def batch_layout(
-    samples: int, sample_weight: Tensor | None, device: torch.device, group: ProcessGroup | None
+    samples: int, sample_weight: Tensor | None, device: torch.device, group: ProcessGroup
 ) -> BatchLayout:
     """Return the layout of the group's batch, given the number of samples of this rank.
 
     The host waits for the number of samples of the other ranks, which may differ.
     """
-    fractional = sample_weight is not None and sample_weight.is_floating_point()
-    if group is None:
-        return BatchLayout([samples], None, fractional)
-    own = torch.tensor([samples, fractional], device=device)
+    own = torch.tensor([samples, may_be_fractional(sample_weight)], device=device)
     sizes, fractional_ranks = gather_over_ranks(own, group).T.tolist()
     return BatchLayout(sizes, group, any(fractional_ranks))
 
@@ -90,8 +88,6 @@ def gathered(values: Tensor, layout: BatchLayout) -> Tensor:
 
     The backward pass sums the gradients of a row over ranks.
     """
-    if layout.group is None:
-        return values
     rows: Tensor = _Gathered.apply(values, layout)  # type: ignore[no-untyped-call]
     return rows
 
@@ -101,8 +97,6 @@ def own_part(values: Tensor, layout: BatchLayout) -> Tensor:
 
     The backward pass gathers the gradients of all rows.
     """
-    if layout.group is None:
-        return values
     part: Tensor = _OwnPart.apply(values, layout)  # type: ignore[no-untyped-call]
     return part
 
@@ -117,7 +111,7 @@ def sharded_codes(
     epsilon: float | Tensor,
     iterations: int,
     fractional: bool,
-    group: ProcessGroup | None,
+    group: ProcessGroup,
 ) -> Tensor:
     """Return the columns of the codes that belong to the prototypes of this rank.
 
@@ -184,7 +178,7 @@ def sharded_losses(
     normalized_weight: Tensor,
     *,
     temperature: float | Tensor,
-    group: ProcessGroup | None,
+    group: ProcessGroup,
 ) -> Tensor:
     """Return the contribution of each sample to the loss.
 
@@ -332,9 +326,7 @@ def _targets(codes: Tensor, views: int) -> Iterator[tuple[int, Tensor]]:
             yield view, reduce(torch.add, others)
 
 
-def nearest_over_ranks(
-    scores: Tensor, first: int, group: ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
+def nearest_over_ranks(scores: Tensor, first: int, group: ProcessGroup) -> tuple[Tensor, Tensor]:
     """Return the index among all prototypes, and the value, of the largest score of each row.
 
     Args:

@@ -37,7 +37,7 @@ def fastest_codes(
         from swavkit._triton import attempt  # which imports triton
         from swavkit.sinkhorn import triton_codes
 
-        if triton_codes.usable and triton_codes.supports(scores, iterations, present):
+        if triton_codes.supports(scores, iterations, present):
             codes = attempt(
                 "codes",
                 triton_codes,
@@ -72,10 +72,11 @@ def codes_at_once(
         counts = finite & present
         not_counted = (nan_mask / present).unsqueeze(-1)  # NaN, or 0
         nan_mask = torch.where(present, nan_mask, present)  # 0 for an absent sample
+        # -S, or inf where a sample does not count: the least entry is minus the largest score.
         scaled_sum(not_counted, scores, -scale, out=values).nan_to_num_(
             torch.inf, torch.inf, torch.inf
         )
-        shift = values.amin(dim=-2, keepdim=True).nan_to_num_(posinf=0)  # of nobody
+        shift = values.amin(dim=-2, keepdim=True).nan_to_num_(posinf=0)  # if no sample counts
         scaled_sum(shift, scores, scale, out=values).nan_to_num_(lowest, lowest, lowest)
     largest = exponentials(values, rate)  # that of an absent sample may be anything
     v = torch.where(counts, (largest * rate).exp_(), counts)
@@ -85,6 +86,6 @@ def codes_at_once(
         v = counts / products(values, u)
         u = products(transposed, v).reciprocal_()
     if present is not None:
-        u.nan_to_num_(1, 1)  # of nobody
+        u.nan_to_num_(1, 1)  # if no sample counts
     sums = values.mul_(u.unsqueeze(-2)).sum(dim=-1)
     return values.mul_(torch.addcdiv(nan_mask, finite, sums).unsqueeze(-1))

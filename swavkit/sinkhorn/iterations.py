@@ -88,7 +88,9 @@ def _iterate(
             sums = in_one_collective(sum_over_ranks, [own for _, own in steps], group)
             for each, (scaling, _), mass in zip(unfinished, steps, sums, strict=True):
                 scalings[each], masses[each] = scaling, mass
-            if iteration == 1:  # the total mass; v cancels any factor of the first u
+            # v cancels the unit of the first u, whose targets had the sum 1. Masses now have the
+            # sum Σ r, in their own unit, and so must all later targets.
+            if iteration == 1:
                 targets = [
                     share * mass.sum(dim=-1, keepdim=True)
                     for share, mass in zip(targets, masses, strict=True)

@@ -70,6 +70,9 @@ class ScaledScores:
     the memory of the codes. If that is missing or narrower than the arithmetic, P of a block is
     computed whenever it is needed.
 
+    ``values``, if that memory is there, holds scaled scores while ``holds_scores``, and then P of
+    ``f_of_p``. ``level`` belongs to ``f_of_level``.
+
     A sample with a NaN or infinite score has mass 0. Its code is NaN, or zeros if its weight is 0.
 
     Args:
