@@ -10,7 +10,8 @@ from swavkit.sinkhorn.kernel import (
     SCALINGS_OF_ONE_KERNEL,
     exponentials,
     nan_mask_of,
-    products,
+    over_prototypes,
+    over_samples,
     scale_and_rate,
 )
 
@@ -80,11 +81,10 @@ def codes_at_once(
         scaled_sum(shift, scores, scale, out=values).nan_to_num_(lowest, lowest, lowest)
     largest = exponentials(values, rate)  # that of an absent sample may be anything
     v = torch.where(counts, (largest * rate).exp_(), counts)
-    transposed = values.mT
-    u = products(transposed, v).reciprocal_()
+    u = over_samples(values, v).reciprocal_()
     for _ in range(iterations - 1):
-        v = counts / products(values, u)
-        u = products(transposed, v).reciprocal_()
+        v = counts / over_prototypes(values, u)
+        u = over_samples(values, v).reciprocal_()
     if present is not None:
         u.nan_to_num_(1, 1)  # if no sample counts
     sums = values.mul_(u.unsqueeze(-2)).sum(dim=-1)
