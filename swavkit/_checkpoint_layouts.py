@@ -255,10 +255,16 @@ def by_layer(names: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def _numbered(names: Mapping[str, str]) -> dict[str, str]:
-    """Return entries by the number of their layer, for layers that are matched in order."""
+    """Return entries by the number of their layer, for layers that are matched in order.
+
+    It is the order of their names if these are numbers, and that of the entries if not.
+    """
+    layers = by_layer(names)
+    if all(layer.isdecimal() for layer in layers):
+        layers = dict(sorted(layers.items(), key=lambda layer: int(layer[0])))
     return {
         f"{number}.{kind}": names[name]
-        for number, entries in enumerate(by_layer(names).values())
+        for number, entries in enumerate(layers.values())
         for kind, name in entries.items()
     }
 

@@ -27,7 +27,8 @@ def any_float(name: str, value: Any) -> float:
     """Return ``value`` as a float if it is a number, NaN included."""
     if isinstance(value, float):  # or a symbolic float, which does not support float()
         return value
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
+    several = getattr(value, "ndim", 0) > 0  # a NumPy array
+    if isinstance(value, (bool, Tensor)) or several or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     return float(value)
 

@@ -872,6 +872,16 @@ def test_bad_transforms(arguments, error, message):
             r"image\[1\] must be uint8 or lie in \[0, 1\], got values from -1 to -1",
         ),
         (torch.zeros(2, 1, 8, 8), ValueError, r"got 3 numbers and an image of 1 channels"),
+        (
+            torch.zeros(3, 8, 8).to(torch.float8_e4m3fn),
+            TypeError,
+            r"image must be uint8 or floating-point of 16 to 64 bits, got torch\.float8_e4m3fn",
+        ),
+        (
+            torch.eye(8).expand(3, 8, 8).to_sparse(),
+            TypeError,
+            r"image must be a dense tensor, got torch\.sparse_coo",
+        ),
     ],
 )
 def test_bad_images(groups, image, error, message):
@@ -880,8 +890,9 @@ def test_bad_images(groups, image, error, message):
 
 
 def test_a_generator_must_be_one():
-    with pytest.raises(TypeError, match=r"generator must be a torch.Generator or None, got int"):
-        MultiCropTransform(PLAIN)(torch.rand(3, 8, 8), generator=3)
+    for transform in (MultiCropTransform(PLAIN), PhotometricDistortion()):
+        with pytest.raises(TypeError, match=r"generator must be a torch.Generator or None, got i"):
+            transform(torch.rand(3, 8, 8), generator=3)
 
 
 @pytest.mark.parametrize(
@@ -923,8 +934,8 @@ def test_a_corrupt_picture_is_an_error_that_says_which(listed):
         MultiCropTransform(PLAIN)([uint8_image(8, 8), corrupt] if listed else corrupt)
 
 
-@pytest.mark.parametrize("seed", [-1, 1.0, True])
-def test_a_seed_must_be_a_non_negative_int(seed):
+@pytest.mark.parametrize("seed", [-1, 1.0, True, 2**64])
+def test_a_seed_must_be_an_int_of_64_bits(seed):
     with pytest.raises((TypeError, ValueError), match=r"seed must be"):
         MultiCropTransform(PLAIN)(torch.rand(3, 8, 8), seed=seed)
 

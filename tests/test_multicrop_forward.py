@@ -336,6 +336,11 @@ def ranks() -> Iterator[Ranks]:
             ValueError,
             r"crops\[1\] .* got \(4, 3, 6, 6\) beside \(2, 3, 8, 8\)",
         ),
+        (
+            [torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8, device="meta")],
+            ValueError,
+            r"crops\[1\] must be on device cpu, got meta",
+        ),
     ],
 )
 def test_bad_crops_to_forward(crops, error, message):

@@ -328,6 +328,7 @@ def test_skipping_changes_nothing_for_images_with_colours():
         ({"brightness": 1.1}, ValueError, r"brightness must be in \[0, 1\], got 1.1"),
         ({"contrast": -0.1}, ValueError, r"contrast must be in \[0, 1\], got -0.1"),
         ({"saturation": None}, TypeError, r"saturation must be a number, got NoneType"),
+        ({"brightness": np.zeros(3)}, TypeError, r"brightness must be a number, got ndarray"),
         ({"hue": 0.6}, ValueError, r"hue must be in \[0, 0.5\], got 0.6"),
         ({"jitter_probability": 2}, ValueError, r"jitter_probability must be in \[0, 1\], got 2"),
         ({"greyscale_probability": -1}, ValueError, r"greyscale_probability must be in"),

@@ -357,6 +357,15 @@ def test_layers_of_a_head_are_matched_in_order() -> None:
         assert torch.equal(*linear.state_dict().values(), torch.ones(D, 64))
 
 
+def test_numbered_layers_are_matched_by_their_numbers() -> None:
+    theirs = randomized(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), 8)
+    state = {f"projection_head.{name}": value for name, value in theirs.state_dict().items()}
+    head = nn.ModuleDict({"first": nn.Linear(8, 8), "last": nn.Linear(8, 8)})
+    load_pretrained(dict(reversed(state.items())), projection_head=head)
+    assert torch.equal(head["first"].weight, theirs[0].weight)
+    assert torch.equal(head["last"].bias, theirs[2].bias)
+
+
 def test_equal_names_count_more_than_the_order() -> None:
     theirs, head = (randomized(head_of(8), seed) for seed in (8, 9))
     state = snapshot(theirs)
@@ -581,6 +590,13 @@ BAD_SOURCES: dict[str, tuple[Callable[[State], Any], str]] = {
     "integers": (
         lambda state: replaced(state, "module.bn1.bias", torch.ones(2, dtype=torch.int64)),
         r"network\.bn1\.bias has dtype torch\.float32, which cannot hold module\.bn1\.bias",
+    ),
+    "too large": (
+        lambda state: replaced(
+            state, "module.bn1.bias", torch.full((2,), 1e300, dtype=torch.float64)
+        ),
+        r"network\.bn1\.bias has dtype torch\.float32, which cannot hold module\.bn1\.bias of the "
+        r"checkpoint, with values up to 1e\+300",
     ),
     "no values": (
         lambda state: replaced(state, "module.bn1.bias", torch.ones(2, device="meta")),

@@ -86,6 +86,7 @@ def multi_crop_forward(
                 f"crops[{index}] must have shape (B, C, H, W) with B and C as in crops[0], got "
                 f"{tuple(crop.shape)} beside {tuple(crops[0].shape)}"
             )
+        _checks.same_device(f"crops[{index}]", crop, crops[0])
     features: dict[int, Tensor] = {}
     for members in _passes(crops, together):
         height, width = crops[members[0]].shape[2:]

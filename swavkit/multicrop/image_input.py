@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swavkit import _checks
 from swavkit._tensors import at_least_float32, autocast_disabled, one_by_one
 
 _MANY, _SMALL = 16, 48**2  # batching is faster on a CPU from 16 images, up to 48² pixels
@@ -153,8 +154,12 @@ def _pixels(
         image = _pil_pixels(name, image, channels)
     if not isinstance(image, Tensor):
         raise TypeError(f"{name} must be a PIL image or a torch.Tensor, got {type(image).__name__}")
-    if not (image.dtype == torch.uint8 or image.is_floating_point()):
-        raise TypeError(f"{name} must be uint8 or floating-point, got {image.dtype}")
+    if image.dtype not in (torch.uint8, *_checks.FLOATING_DTYPES):
+        raise TypeError(
+            f"{name} must be uint8 or floating-point of 16 to 64 bits, got {image.dtype}"
+        )
+    if image.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {image.layout}")
     if image.dim() not in dimensions:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(image.shape)}")
     if 0 in image.shape[-3:]:

@@ -7,7 +7,7 @@ CPU, so a generator in the same state gives the same distortion on any device.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -91,6 +91,7 @@ class PhotometricDistortion:
                 f"crops must have shape (C, H, W) or (B, C, H, W), got {tuple(crops.shape)}"
             )
         check_channels(self, "crops", crops.shape[-3])
+        generator = checked_generator(generator)
         batch = (crops if crops.dim() == 4 else crops[None]).to(at_least_float32(crops.dtype))
         uniform = random_numbers(len(batch), NUMBERS, generator=generator)
         parameters = draw(self, uniform, batch.shape[1])
@@ -101,6 +102,20 @@ class PhotometricDistortion:
         else:
             distorted = distort(self, distorted, parameters).contiguous()
         return distorted.to(crops.dtype).view(crops.shape)
+
+
+def checked_generator(generator: Any) -> torch.Generator | None:
+    """Return the generator to draw from, if it is one."""
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {type(generator).__name__}"
+        )
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(
+            f"generator must be on the CPU, from which crops on every device are drawn, got one on "
+            f"{generator.device}"
+        )
+    return generator
 
 
 def random_numbers(*shape: int, generator: torch.Generator | None) -> Tensor:

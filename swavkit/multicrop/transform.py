@@ -18,7 +18,7 @@ from swavkit._tensors import as_a_whole, on_cpu, on_device
 from swavkit.multicrop import box_ops, color_ops, image_input, photometric
 from swavkit.multicrop.crop_group import CropGroup, checked_groups, pixels
 from swavkit.multicrop.image_input import Images, PILImage
-from swavkit.multicrop.photometric import PhotometricDistortion
+from swavkit.multicrop.photometric import PhotometricDistortion, checked_generator
 
 __all__ = ["MultiCropTransform"]
 
@@ -171,7 +171,7 @@ class MultiCropTransform:
             left, top, right, bottom in pixels, the last two exclusive. Flips are () or (B,) bool.
         """
         _checks.choice("return_boxes", return_boxes, (False, True))
-        generator = _checked_generator(generator, seed)
+        generator = _generator(generator, seed)
         images = image_input.load(image, self._channels)
         self._check_pixels(images)
         parameters = self._draw(images, generator)
@@ -334,19 +334,14 @@ def _per_channel(
     return tuple(check(f"{name}[{index}]", number) for index, number in enumerate(value))
 
 
-def _checked_generator(generator: Any, seed: Any) -> torch.Generator | None:
+def _generator(generator: Any, seed: Any) -> torch.Generator | None:
     """Validate ``generator`` and ``seed`` and return the generator to draw from."""
-    if not (generator is None or isinstance(generator, torch.Generator)):
-        raise TypeError(
-            f"generator must be a torch.Generator or None, got {type(generator).__name__}"
-        )
-    if generator is not None and generator.device.type != "cpu":
-        raise ValueError(
-            f"generator must be on the CPU, from which crops on every device are drawn, got one on "
-            f"{generator.device}"
-        )
+    given = checked_generator(generator)
     if seed is None:
-        return generator
-    if generator is not None:
+        return given
+    if given is not None:
         raise ValueError("generator and seed must not both be given")
-    return torch.Generator().manual_seed(_checks.non_negative_int("seed", seed))
+    seed = _checks.non_negative_int("seed", seed)
+    if seed >= 2**64:
+        raise ValueError(f"seed must be below 2**64, got {seed}")
+    return torch.Generator().manual_seed(seed)

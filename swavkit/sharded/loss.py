@@ -58,11 +58,13 @@ class BatchLayout(NamedTuple):
         sizes: The number of samples of each rank.
         group: The ranks.
         fractional: Whether a rank may have weights other than 0 and 1.
+        differentiable: Whether the features of a rank need a gradient.
     """
 
     sizes: list[int]
     group: ProcessGroup
-    fractional: bool
+    fractional: bool = False
+    differentiable: bool = False
 
     def own(self) -> slice:
         """Return the slice of this rank's samples."""
@@ -72,15 +74,17 @@ class BatchLayout(NamedTuple):
 
 
 def batch_layout(
-    samples: int, sample_weight: Tensor | None, device: torch.device, group: ProcessGroup
+    features: Tensor, sample_weight: Tensor | None, group: ProcessGroup
 ) -> BatchLayout:
-    """Return the layout of the group's batch, given the number of samples of this rank.
+    """Return the layout of the group's batch, given the features (..., b, D) of this rank.
 
     The host waits for the number of samples of the other ranks, which may differ.
     """
-    own = torch.tensor([samples, may_be_fractional(sample_weight)], device=device)
-    sizes, fractional_ranks = gather_over_ranks(own, group).T.tolist()
-    return BatchLayout(sizes, group, any(fractional_ranks))
+    differentiable = torch.is_grad_enabled() and features.requires_grad
+    own = [features.shape[-2], may_be_fractional(sample_weight), differentiable]
+    of_ranks = gather_over_ranks(torch.tensor(own, device=features.device), group)
+    sizes, fractional_ranks, differentiable_ranks = of_ranks.T.tolist()
+    return BatchLayout(sizes, group, any(fractional_ranks), any(differentiable_ranks))
 
 
 def gathered(values: Tensor, layout: BatchLayout) -> Tensor:

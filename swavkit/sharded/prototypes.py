@@ -133,7 +133,7 @@ class ShardedPrototypeLayer(PrototypeLayer):
         """
         unit, directions = self._factors(features, None)
         rows = unit.flatten(0, -2) if unit.dim() > 1 else unit[None]
-        layout = batch_layout(len(rows), None, rows.device, self._participants())
+        layout = batch_layout(rows, None, self._participants())
         scores = F.linear(gathered(rows, layout), directions)
         nearest, _ = nearest_over_ranks(scores, self._held.start, layout.group)
         return own_part(nearest, layout).view(features.shape[:-1])
@@ -206,20 +206,23 @@ def sharded_head_losses(
     _checks.known_setting("epsilon", settings.epsilon, batch.features.device)
     _checks.known_setting("temperature", temperature, batch.features.device)
     samples = batch.features.shape[1]
-    layout = batch_layout(samples, batch.sample_weight, batch.features.device, group)
+    layout = batch_layout(batch.features, batch.sample_weight, group)
     normalized_weight = normalized_weights(batch.sample_weight, batch.features[0])
     weight = normalized_weight.new_ones(samples)
     if batch.sample_weight is not None:
         weight = batch.sample_weight.detach().to(normalized_weight.dtype)
-    both_weights = torch.stack([weight, normalized_weight], dim=1).detach()
-    weight, normalized_weight = gathered(both_weights, layout).unbind(dim=1)
+    columns = torch.stack([weight, normalized_weight, *_nan_rows(batch, weight)], dim=1).detach()
+    weight, normalized_weight, *nan_rows = gathered(columns, layout).unbind(dim=1)
     sample_weight = weight  # (N,)
-    features = gathered(batch.features, layout)  # (V, N, D)
+    own_features = batch.features
+    if layout.differentiable and not own_features.requires_grad:
+        own_features = own_features.detach().requires_grad_()  # or the others' backward would wait
+    features = gathered(own_features, layout)  # (V, N, D)
     code_features = None
     if batch.code_features is not None:
         code_features = gathered(batch.code_features, layout)  # (A, N, D)
     if batch.queued is not None and batch.queue_mask is not None:
-        queue_layout = BatchLayout([len(batch.queue_mask)] * len(layout.sizes), group, False)
+        queue_layout = BatchLayout([len(batch.queue_mask)] * len(layout.sizes), group)
         queued = gathered(batch.queued, queue_layout)  # (A, M, D)
         mask = batch.queue_mask.to(weight.dtype).unsqueeze(-1)
         weight = torch.cat([weight, gathered(mask, queue_layout).squeeze(-1)])
@@ -259,8 +262,16 @@ def sharded_head_losses(
         head_loss = own_part(sample_losses, layout).sum()
         of_codes = seen = None
         if batch.details:
-            both = (sharded(values, 2, head.num_prototypes, group) for values in (codes, scores))
-            of_codes = SwAVDetails(*(values.detach() for values in both))
+            masks = torch.stack(nan_rows).bool().unsqueeze(-1)  # (V + A, N, 1)
+            of_codes = SwAVDetails(
+                *(
+                    sharded(values.detach(), 2, head.num_prototypes, group)
+                    for values in (
+                        codes.masked_fill(masks[len(scores) :], 0),
+                        scores.masked_fill(masks[: len(scores)], torch.nan),
+                    )
+                )
+            )
         if batch.statistics:
             seen = sharded_statistics(
                 scores.detach(),
@@ -273,3 +284,15 @@ def sharded_head_losses(
             )
         results.append(HeadLoss(head_loss, of_codes, seen))
     return results
+
+
+def _nan_rows(batch: Batch, like: Tensor) -> list[Tensor]:
+    """Return 1 for each row (b,) of scores that counts as NaN, of V views and then of A codes."""
+    views, samples, _ = batch.features.shape
+    of_views, of_codes = (
+        like.new_zeros(views, samples) if rows is None else rows.squeeze(-1).to(like.dtype)
+        for rows in (batch.nan_rows, batch.code_nan_rows)
+    )
+    if batch.code_features is None:
+        of_codes = of_views
+    return [*of_views, *of_codes[: batch.num_code_views]]

@@ -406,10 +406,22 @@ def test_an_absent_sample_may_hold_anything(ranks: Ranks) -> None:
     for _, sharded in ranks.run(details_of_both, arguments):
         for name in ("loss", "to features", "to prototypes", "codes"):
             assert np.isfinite(sharded[name]).all(), name
-    expected = ranks.run(details_of_both, arguments)
-    for plain, sharded in expected:
-        for name in ("loss", "to features", "to prototypes"):
-            np.testing.assert_allclose(sharded[name], plain[name], rtol=0, atol=1e-10)
+    compared(ranks, arguments, 1e-10, equal_nan=True)
+
+
+def gradients_of_one_rank(rank: int) -> list[np.ndarray]:
+    """Return the gradients of features that need one on rank 0 alone."""
+    results = []
+    for criterion in criteria(reduction="global_mean"):
+        features = torch.tensor(features_on_ranks()[rank], requires_grad=rank == 0)
+        criterion(features).backward()
+        results.append(whole(torch.zeros(1) if features.grad is None else features.grad))
+    return results
+
+
+def test_features_may_need_a_gradient_on_one_process_alone(ranks: Ranks) -> None:
+    for plain, sharded in ranks.run(gradients_of_one_rank):
+        np.testing.assert_allclose(sharded, plain, rtol=0, atol=1e-6)
 
 
 def test_weights_may_be_given_on_one_process_alone(ranks: Ranks) -> None:
@@ -508,7 +520,8 @@ def test_what_is_sent_does_not_grow_with_k(ranks: Ranks, prototypes: int) -> Non
     samples = 3 * 5
     for forward, backward in ranks.run(collectives_of_a_step, [{"num_prototypes": prototypes}] * 3):
         assert forward == [
-            *(3 * 2, samples * 2, VIEWS * samples * FEATURES),  # sizes, weights, features
+            # sizes, weights with masks of views and code views, features
+            *(3 * 3, samples * (2 + VIEWS + 2), VIEWS * samples * FEATURES),
             *([2 * samples] * 4),  # codes: a maximum, and a sum in each iteration
             *(VIEWS * samples, 3 * VIEWS * samples),  # the loss: a maximum and a sum
         ]
