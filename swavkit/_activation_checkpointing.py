@@ -18,43 +18,37 @@ from torch import Tensor
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-class Recomputation:
-    """Detects recomputed forwards of a module and rejects them if their results would be used."""
+def is_recomputed(queue: object, freeze_steps: int, details: bool) -> bool:
+    """Return whether the current forward is a recomputation; never under torch.compile.
 
-    def __init__(self) -> None:
-        self._first_had_graph = True
+    Args:
+        queue: The feature queue, or ``None``. Codes and loss depend on it.
+        freeze_steps: The number of steps with frozen prototypes. If it is not 0, the gradient
+            depends on the step count.
+        details: Whether details or statistics are requested.
 
-    def detected(self, queue: object, freeze_steps: int, details: bool) -> bool:
-        """Return whether the current forward is a recomputation; never under torch.compile.
-
-        Args:
-            queue: The feature queue, or ``None``. Codes and loss depend on it.
-            freeze_steps: The number of steps with frozen prototypes. If it is not 0, the gradient
-                depends on the step count.
-            details: Whether details or statistics are requested.
-
-        Raises:
-            RuntimeError: If results that depend on state since changed would be used.
-        """
-        if torch.compiler.is_compiling():  # a compiled step recomputes operations, not calls
-            return False
-        if not _is_recomputation():
-            self._first_had_graph = torch.is_grad_enabled()
-            return False
-        state = "a queue" if queue is not None else "freeze_steps" if freeze_steps else None
-        if state is not None and not self._first_had_graph:
-            raise RuntimeError(
-                f"SwAVLoss with {state} cannot be recomputed in the backward pass, because its "
-                "state has changed; expected a checkpoint with use_reentrant=False, or one around "
-                "the encoder only"
-            )
-        if queue is not None and details:
-            raise RuntimeError(
-                "details and statistics of SwAVLoss with a queue cannot be recomputed in the "
-                "backward pass, because its state has changed; expected a checkpoint that ends "
-                "before it"
-            )
-        return True
+    Raises:
+        RuntimeError: If results that depend on state since changed would be used.
+    """
+    if torch.compiler.is_compiling():  # a compiled step recomputes operations, not calls
+        return False
+    functions = _functions_of_checkpoints()
+    if not functions:
+        return False
+    state = "a queue" if queue is not None else "freeze_steps" if freeze_steps else None
+    if state is not None and "backward" in functions:  # of a reentrant one, which saved nothing
+        raise RuntimeError(
+            f"SwAVLoss with {state} cannot be recomputed in the backward pass, because its "
+            "state has changed; expected a checkpoint with use_reentrant=False, or one around "
+            "the encoder only"
+        )
+    if queue is not None and details:
+        raise RuntimeError(
+            "details and statistics of SwAVLoss with a queue cannot be recomputed in the "
+            "backward pass, because its state has changed; expected a checkpoint that ends "
+            "before it"
+        )
+    return True
 
 
 def keeping_what_it_saves(method: Method) -> Method:
@@ -72,20 +66,21 @@ def keeping_what_it_saves(method: Method) -> Method:
     return keeping  # type: ignore[return-value]
 
 
-def _is_recomputation() -> bool:
-    """Return whether a checkpoint recomputes the current forward in a backward pass.
+def _functions_of_checkpoints() -> set[str]:
+    """Return the functions of checkpoints that recompute the current forward in a backward pass.
 
-    A hook may also run a forward in a backward pass, so a checkpoint is searched on the call stack.
+    A hook may also run a forward in a backward pass, so they are searched on the call stack.
     """
+    functions: set[str] = set()
     if torch._C._current_graph_task_id() == -1:  # no backward pass is running
-        return False
+        return functions
     frame = inspect.currentframe()
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
         if "checkpoint" in name and not name.startswith("swavkit."):  # of torch or another library
-            return True
+            functions.add(frame.f_code.co_name)
         frame = frame.f_back
-    return False
+    return functions
 
 
 def _pack_with_version(saved: Tensor) -> tuple[Tensor, int]:

@@ -51,7 +51,11 @@ class OwnState(nn.Module):
     def _apply(self: Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in self._own:
-            setattr(self, name, fn(getattr(self, name)))
+            value = getattr(self, name)
+            changed = fn(value)
+            if changed.dtype != value.dtype and not value.is_floating_point():
+                changed = value.to(changed.device)  # Module.type() converts counts and masks too
+            setattr(self, name, changed)
         return self
 
     def _save_to_state_dict(

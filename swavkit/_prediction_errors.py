@@ -189,7 +189,7 @@ def _largest(scores: Tensor) -> tuple[Tensor, Tensor]:
     if size is None or not on_cpu(scores):
         return scores.max(dim=-1, keepdim=True)
     chunks = scores.reshape(-1, size)
-    maxima = chunks.amax(dim=-1).view(*scores.shape[:-1], -1)
+    maxima = chunks.amax(dim=-1).view(*scores.shape[:-1], scores.shape[-1] // size)
     largest, chunk = maxima.max(dim=-1, keepdim=True)
     first = torch.arange(0, len(chunks), maxima.shape[-1], device=scores.device)
     entries = chunks.index_select(0, first + chunk.flatten())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from swavkit import _checks
-from swavkit._activation_checkpointing import Recomputation, keeping_what_it_saves
+from swavkit._activation_checkpointing import is_recomputed, keeping_what_it_saves
 from swavkit._head_losses import (
     Batch,
     Head,
@@ -214,7 +214,6 @@ class SwAVLoss(OwnState):
         if queue_length:
             self.queue = FeatureQueue(queue_length, feature_dim, num_code_views, dtype=queue_dtype)
         self._agreement = Agreement(repeatedly=True)  # prototypes may drift apart late
-        self._recomputation = Recomputation()
         self.steps = torch.zeros((), dtype=torch.int64)
 
     @torch.no_grad()
@@ -314,13 +313,8 @@ class SwAVLoss(OwnState):
         """
         heads = self._heads()
         self._check_settings()
-        views = _checks.views(
-            "features",
-            features,
-            "features",
-            least=max(2, self.num_code_views),
-            last=heads[0].feature_dim,
-        )
+        least, last = max(2, self.num_code_views), heads[0].feature_dim
+        views = _checks.views("features", features, "features", least=least, last=last)
         _checks.untransformed("features", views[0])
         code_views, code_heads = None, heads
         if code_features is not None:
@@ -337,7 +331,7 @@ class SwAVLoss(OwnState):
         if isinstance(self.sinkhorn, SinkhornKnopp) or self.reduction == "global_mean":
             group = _checks.instance("sinkhorn", self.sinkhorn, SinkhornKnopp)._participants()
         requested = return_details or return_statistics
-        repeated = self._recomputation.detected(self.queue, self.freeze_steps, requested)
+        repeated = is_recomputed(self.queue, self.freeze_steps, requested)
         if not repeated:
             record = partial(self._record, code_heads)
             self._agreement.require(record, group, views[0].device, advice=_ADVICE)
@@ -362,6 +356,8 @@ class SwAVLoss(OwnState):
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         if mean_part is not None:
             loss = loss * mean_part
+        if repeated and self.queue is not None:  # whose features have changed
+            loss = loss * math.nan
 
         if self.training and not repeated:
             if self.queue is not None:

@@ -496,6 +496,11 @@ GOOD = statistics_of(0)
         ({"prototypes": torch.ones(3, D)}, ValueError, r"prototypes must have .*, got \(3, 4\)"),
         ({"prototypes": torch.ones(K)}, ValueError, r"prototypes must have .*, got \(5,\)"),
         (
+            {"prototypes": torch.ones(K, D, device="meta")},
+            ValueError,
+            "prototypes must have values",
+        ),
+        (
             {"prototypes": nn.ModuleList([PrototypeLayer(D, K)])},
             TypeError,
             "prototypes must be a PrototypeLayer or a torch.Tensor, got ModuleList; expected one",

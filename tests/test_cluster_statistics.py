@@ -162,8 +162,12 @@ def test_codes_need_not_sum_to_one(device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", tolerances.DTYPES, ids=str)
 @pytest.mark.parametrize("samples", [0, 1])
-def test_few_or_no_samples(device: torch.device, samples: int, dtype: torch.dtype) -> None:
-    scores, codes = (each.to(dtype) for each in scores_and_codes(samples=samples, device=device))
+@pytest.mark.parametrize("prototypes", [PROTOTYPES, 300])  # 300: in chunks
+def test_few_or_no_samples(
+    device: torch.device, samples: int, prototypes: int, dtype: torch.dtype
+) -> None:
+    both = scores_and_codes(samples=samples, prototypes=prototypes, device=device)
+    scores, codes = (each.to(dtype) for each in both)
     for weight in (None, torch.ones(samples, device=device)):
         found = cluster_statistics(scores, codes, sample_weight=weight)
         assert_close(found, by_the_loops(scores, codes), atol=2e-5)

@@ -130,6 +130,19 @@ def test_counts_and_masks_of_a_converted_state_keep_their_dtypes() -> None:
     train(loaded.double(), 1)
 
 
+def test_a_dtype_for_everything_leaves_counts_and_masks() -> None:
+    criterion = criterion_of()
+    train(criterion, 4)
+    before = snapshot(criterion)
+    criterion.type(torch.float16)
+    for key, value in snapshot(criterion).items():
+        assert value.dtype == (
+            torch.float16 if before[key].is_floating_point() else before[key].dtype
+        )
+        assert torch.equal(value, before[key].to(value.dtype))
+    train(criterion.float(), 1)
+
+
 # Copies whose parameters are averaged
 
 

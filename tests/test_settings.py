@@ -67,6 +67,7 @@ def test_a_bad_temperature_is_refused_wherever_it_was_set(route: str, bad: float
         ("", "freeze_steps", -1, "freeze_steps must be at least 0, got -1"),
         ("sinkhorn", "epsilon", -0.1, "epsilon must be a finite number above 0, got -0.1"),
         ("sinkhorn", "iterations", 0, "iterations must be at least 1, got 0"),
+        ("sinkhorn", "synchronize", "alway", "synchronize must be True or False or 'always', got"),
         ("prototypes", "gradient", "none", "gradient must be 'tangent' or 'published', got 'none'"),
     ],
 )

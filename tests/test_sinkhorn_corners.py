@@ -351,6 +351,17 @@ def test_problems_of_several_blocks_and_any_layout_have_the_codes_of_the_equatio
         assert_codes(codes, expected, epsilon=0.05, largest=128, case=layout)
 
 
+@pytest.mark.parametrize("options", [{}, {"iterations": 6}, {"prototype_weight": torch.ones(5)}])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_weights_of_any_layout_are_those_of_a_contiguous_one(
+    dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    scores = torch.tensor(uniform(2, 3, 4, 5, scale=1)).float()
+    weight = (torch.arange(24) % 3).view(3, 2, 4).to(dtype).transpose(0, 1)
+    codes = sinkhorn_knopp(scores, sample_weight=weight, **options)
+    assert torch.equal(codes, sinkhorn_knopp(scores, sample_weight=weight.contiguous(), **options))
+
+
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 @DTYPES
 def test_autocast_changes_nothing_at_any_corner(

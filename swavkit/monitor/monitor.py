@@ -162,7 +162,7 @@ class ClusterMonitor(OwnState):
             loss = _checked_loss(loss, like)
         views = None if features is None else _checked_features(features, like)
         if prototypes is not None:
-            _check_prototypes(prototypes, self.num_prototypes)
+            _check_prototypes(prototypes, self.num_prototypes, like)
 
         self._follow(like.device)
         usage = [statistics.assigned.float(), statistics.code_usage.float()]
@@ -421,8 +421,10 @@ def _checked_features(features: Any, like: Tensor) -> list[Tensor]:
     return views
 
 
-def _check_prototypes(prototypes: Any, num_prototypes: int) -> None:
+def _check_prototypes(prototypes: Any, num_prototypes: int, like: Tensor) -> None:
+    weight = prototypes
     if isinstance(prototypes, PrototypeLayer):
+        weight = prototypes.weight
         shape: tuple[int, ...] = (prototypes.num_prototypes, prototypes.feature_dim)
     elif isinstance(prototypes, Tensor):
         shape = tuple(_checks.floating_tensor("prototypes", prototypes).shape)
@@ -436,6 +438,8 @@ def _check_prototypes(prototypes: Any, num_prototypes: int) -> None:
             f"prototypes must have shape ({num_prototypes}, features) with "
             f"num_prototypes={num_prototypes}, got {shape}"
         )
+    if weight.is_meta and not like.is_meta:
+        raise ValueError("prototypes must have values, got a weight on the meta device")
 
 
 def _some_rows_missing(

@@ -321,7 +321,7 @@ def _scaled_scores(problem: Problem, settings: Settings) -> ScaledScores:
     return ScaledScores(
         lambda: (scores[part] for part in parts),
         parts,
-        Masses(*(each.view(*scores.shape[:-2], each.shape[-1]) for each in sample_mass)),  # r
+        Masses(*(each.reshape(*scores.shape[:-2], each.shape[-1]) for each in sample_mass)),  # r
         scores.shape[-1],
         target_marginal(problem.prototype_weight, sample_mass.log),
         weighted=problem.sample_weight is not None,

@@ -169,6 +169,7 @@ class SinkhornKnopp(nn.Module):
 
     def _participants(self) -> ProcessGroup | None:
         """Return the ranks that share the batch of a call now, or ``None``."""
+        _checks.choice("synchronize", self.synchronize, (True, False, "always"))
         now = self.synchronize == "always" or (self.synchronize and self.training)
         group = participants(self.process_group, now)
         local = self.synchronize and not now and not torch.compiler.is_compiling()

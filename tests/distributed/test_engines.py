@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -222,9 +223,16 @@ def repeated(rank: int, settings: dict[str, Any]) -> dict[str, str | None]:
         loss, details = criterion(features * 2, return_details=True)
         return loss + (features.mean() * details.codes.sum()).exp()
 
+    def with_validation(criterion: SwAVLoss) -> Tensor:
+        loss: Tensor = checkpoint(criterion, features, use_reentrant=True)
+        criterion.eval()(features)
+        criterion.train()
+        return loss
+
     outcome: dict[str, str | None] = {}
     for name, call in {
         "reentrant": lambda criterion: checkpoint(criterion, features, use_reentrant=True),
+        "reentrant, then a validation": with_validation,
         "details": lambda criterion: checkpoint(with_details, criterion, use_reentrant=False),
     }.items():
         criterion = SwAVLoss(4, 5, **settings)
@@ -244,8 +252,18 @@ def repeated(rank: int, settings: dict[str, Any]) -> dict[str, str | None]:
     ("settings", "refused"),
     [
         ({}, {}),
-        ({"queue_length": 8}, {"reentrant": "a queue", "details": "a queue"}),
-        ({"freeze_steps": 3}, {"reentrant": "freeze_steps"}),
+        (
+            {"queue_length": 8},
+            {
+                "reentrant": "a queue",
+                "reentrant, then a validation": "a queue",
+                "details": "a queue",
+            },
+        ),
+        (
+            {"freeze_steps": 3},
+            {"reentrant": "freeze_steps", "reentrant, then a validation": "freeze_steps"},
+        ),
     ],
 )
 def test_repetitions_that_would_see_another_state_are_refused(
@@ -258,6 +276,37 @@ def test_repetitions_that_would_see_another_state_are_refused(
                 assert f"SwAVLoss with {refused[name]} cannot be" in text
             else:
                 assert text is None
+
+
+@pytest.mark.parametrize("queue_length", [0, 8])
+def test_a_repeated_loss_is_the_first_one_or_nan(queue_length: int) -> None:
+    torch.manual_seed(0)
+    criterion = SwAVLoss(4, 5, queue_length=queue_length)
+    twin = copy.deepcopy(criterion)
+    for step in range(3):
+        features = torch.randn(3, 4, 4)
+        gradients = []
+        for module in (criterion, twin):
+            inputs, scale = features.clone().requires_grad_(), torch.tensor(2.0, requires_grad=True)
+
+            def scaled(values: Tensor, factor: Tensor, module: nn.Module = module) -> Tensor:
+                return module(values) * factor
+
+            call = checkpointed if module is criterion else lambda function, *args: function(*args)
+            loss = call(scaled, inputs, scale)
+            with torch.no_grad():
+                module.eval()(features)  # in between, which changes nothing
+            module.train()
+            loss.backward()
+            gradients.append((inputs.grad, scale.grad))
+        (found, of_scale), (expected, expected_of_scale) = gradients
+        assert torch.equal(found, expected)
+        # The product needs the loss, which has another queue in the backward pass.
+        if queue_length:
+            assert of_scale.isnan()
+        else:
+            assert torch.equal(of_scale, expected_of_scale)
+        assert criterion.steps == step + 1
 
 
 # Between the calls of FSDP2, which keeps the weight in shards
