@@ -236,10 +236,11 @@ def part_of_mean(batch: Batch, group: ProcessGroup | None) -> Tensor | None:
     weight = batch.sample_weight
     if weight is None:
         weight = batch.features.new_ones(batch.features.shape[1])
-    own = weight.sum(dtype=at_least_float32(batch.features.dtype))
+    own = weight.sum(dtype=torch.float64)  # in whose range is any sum of float32 weights
     total = sum_over_ranks(own.clone(), group)
     _, size = rank_and_size(group)
-    return own * size / torch.where(total == 0, 1, total)
+    part = own * size / torch.where(total == 0, 1, total)
+    return part.to(at_least_float32(batch.features.dtype))
 
 
 def _is_small(batch: Batch, prototypes: int) -> bool:

@@ -313,6 +313,8 @@ class SwAVLoss(OwnState):
         """
         heads = self._heads()
         self._check_settings()
+        _checks.boolean("return_details", return_details)
+        _checks.boolean("return_statistics", return_statistics)
         least, last = max(2, self.num_code_views), heads[0].feature_dim
         views = _checks.views("features", features, "features", least=least, last=last)
         _checks.untransformed("features", views[0])

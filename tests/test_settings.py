@@ -81,6 +81,15 @@ def test_a_setting_changed_to_nonsense_is_refused(
     assert int(criterion.steps) == len(criterion.queue) == 0
 
 
+@pytest.mark.parametrize("name", ["return_details", "return_statistics"])
+@pytest.mark.parametrize("value", [1, "yes", None, torch.tensor(True)], ids=repr)
+def test_a_request_is_true_or_false(name: str, value: Any) -> None:
+    criterion = criterion_of("full", queue_length=4)
+    with pytest.raises(ValueError, match=f"^{name} must be True or False, got "):
+        criterion(features_of(), **{name: value})
+    assert int(criterion.steps) == len(criterion.queue) == 0
+
+
 def settings_of_codes(sinkhorn: SinkhornKnopp) -> None:
     sinkhorn.hard, sinkhorn.iterations, sinkhorn.epsilon = True, 5, 0.1
 

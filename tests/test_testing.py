@@ -104,7 +104,9 @@ def test_the_transform_of_the_package_obeys_every_law(shape: tuple[int, ...]) ->
         (CropGroup((16, 12), 2, (0.3, 1.0)), CropGroup(8, 3, (0.05, 0.3))), mean=0.0, std=1.0
     )
     sizes = [(16, 12), (16, 12), 8, 8, 8]
-    assert_transform_laws(transform, torch.rand(shape), sizes, value_range=(0, 1))
+    images = torch.rand(shape)
+    images[..., :20, :] = 1  # interpolated white may exceed 1 by a rounding error
+    assert_transform_laws(transform, images, sizes, value_range=(0, 1))
 
 
 def test_functions_of_another_dtype_are_tested_at_their_own_tolerance() -> None:

@@ -448,7 +448,7 @@ def _some_rows_missing(
     """Return whether rows are not those of the same number of views for each sample."""
     views = torch.stack([code_rows, prediction_rows]) / samples
     apart = (views - views.round()).abs()
-    missing: Tensor = (samples > 0) & ((views < 0.5) | (apart > _ROUNDING)).any()
+    missing: Tensor = (samples > 0) & ((views < 0.5) | (apart > _ROUNDING * views)).any()
     return missing
 
 

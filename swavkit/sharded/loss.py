@@ -21,8 +21,9 @@ is summed over ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import reduce
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -74,16 +75,26 @@ class BatchLayout(NamedTuple):
 
 
 def batch_layout(
-    features: Tensor, sample_weight: Tensor | None, group: ProcessGroup
+    features: Tensor,
+    sample_weight: Tensor | None,
+    group: ProcessGroup,
+    alike: Mapping[str, int] = MappingProxyType({}),
 ) -> BatchLayout:
     """Return the layout of the group's batch, given the features (..., b, D) of this rank.
+
+    Raises ``ValueError`` on all ranks if a number of ``alike`` differs between them.
 
     The host waits for the number of samples of the other ranks, which may differ.
     """
     differentiable = torch.is_grad_enabled() and features.requires_grad
-    own = [features.shape[-2], may_be_fractional(sample_weight), differentiable]
+    own = [features.shape[-2], may_be_fractional(sample_weight), differentiable, *alike.values()]
     of_ranks = gather_over_ranks(torch.tensor(own, device=features.device), group)
-    sizes, fractional_ranks, differentiable_ranks = of_ranks.T.tolist()
+    sizes, fractional_ranks, differentiable_ranks, *numbers = of_ranks.T.tolist()
+    for name, of_name in zip(alike, numbers, strict=True):
+        if len(set(of_name)) > 1:
+            raise ValueError(
+                f"{name} must be the same on all ranks if prototypes are sharded, got {of_name}"
+            )
     return BatchLayout(sizes, group, any(fractional_ranks), any(differentiable_ranks))
 
 

@@ -206,7 +206,12 @@ def sharded_head_losses(
     _checks.known_setting("epsilon", settings.epsilon, batch.features.device)
     _checks.known_setting("temperature", temperature, batch.features.device)
     samples = batch.features.shape[1]
-    layout = batch_layout(batch.features, batch.sample_weight, group)
+    alike = {
+        "queue_length": 0 if batch.queue_mask is None else len(batch.queue_mask),
+        "whether code_features are given": batch.code_features is not None,
+        "return_statistics": batch.statistics,
+    }
+    layout = batch_layout(batch.features, batch.sample_weight, group, alike)
     normalized_weight = normalized_weights(batch.sample_weight, batch.features[0])
     weight = normalized_weight.new_ones(samples)
     if batch.sample_weight is not None:

@@ -151,7 +151,8 @@ def sinkhorn_knopp(
         Any finite scores give finite codes. The lowest number of a dtype excludes a prototype for a
         sample. A sample with a NaN or infinite score gets NaN codes and does not affect the others.
         A negative, NaN or infinite weight makes every code NaN, and so do prototype weights that
-        are all 0. If no sample is present, the code of an absent one is softmax(S/ε + log c).
+        are all 0. If no sample is present, the code of an absent one is softmax(S/ε + log c), or
+        softmax(S/ε + φ log c) with the φ = ρ / (ρ + ε) of a finite relaxation ρ.
         Differences of scores are rounded in float32 (float64 for float64 scores), which limits the
         accuracy of an entry to about 6e-8 · max|S - max_i S| / ε. Sample weights may span 40
         decades.

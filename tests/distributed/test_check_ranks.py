@@ -272,6 +272,55 @@ def test_a_part_that_knows_no_processes_is_refused_where_they_matter() -> None:
             call()
 
 
+def call_of_shards(rank: int, argument: dict[str, Any]) -> tuple[str | None, bool]:
+    """Return what a call is refused with, and whether it has changed nothing."""
+    settings = {"queue_length": argument.get("queue_length", 4)}
+    criterion = same_criterion(shard_prototypes=True, **settings)
+    options: dict[str, Any] = {"return_statistics": argument.get("statistics", False)}
+    if argument.get("taught", False):
+        options["code_features"] = features(9)[:2]
+    text = refusal(lambda: criterion(features(rank), **options))
+    empty = criterion.queue is None or len(criterion.queue) == 0
+    return text, int(criterion.steps) == 0 and empty
+
+
+@pytest.mark.parametrize(
+    ("other", "text"),
+    [
+        ({"queue_length": 5}, r"queue_length must be the same on all ranks .* got \[4, 5, 4\]"),
+        ({"queue_length": 0}, r"queue_length must be the same on all ranks .* got \[4, 0, 4\]"),
+        ({"statistics": True}, r"return_statistics must be the same on all ranks"),
+        ({"taught": True}, r"whether code_features are given must be the same on all ranks"),
+    ],
+)
+def test_calls_of_sharded_prototypes_that_differ_are_refused(
+    ranks: Ranks, other: dict[str, Any], text: str
+) -> None:
+    for found, unchanged in ranks.run(call_of_shards, [{}, other, {}]):
+        assert found is not None
+        assert re.search(text, found)
+        assert unchanged
+
+
+def losses_by_scale(rank: int) -> list[float]:
+    losses = []
+    for dtype, scale in (
+        (torch.float32, 1.0),
+        (torch.float32, 1e38),
+        (torch.float64, 1e300),
+        (torch.float64, 1e-60),
+    ):
+        weight = scale * torch.tensor([1.0, 0.5, 0, 2, 1, 1][: 6 - rank], dtype=dtype)
+        criterion = same_criterion(reduction="global_mean").float()
+        losses.append(criterion(features(rank, 6 - rank).float(), sample_weight=weight).item())
+    return losses
+
+
+def test_the_global_mean_does_not_depend_on_the_scale_of_weights(ranks: Ranks) -> None:
+    for first, *others in ranks.run(losses_by_scale):
+        np.testing.assert_allclose(others, first, rtol=1e-5)
+
+
 # Synchronising always
 
 

@@ -520,8 +520,8 @@ def test_what_is_sent_does_not_grow_with_k(ranks: Ranks, prototypes: int) -> Non
     samples = 3 * 5
     for forward, backward in ranks.run(collectives_of_a_step, [{"num_prototypes": prototypes}] * 3):
         assert forward == [
-            # sizes, weights with masks of views and code views, features
-            *(3 * 3, samples * (2 + VIEWS + 2), VIEWS * samples * FEATURES),
+            # sizes and settings, weights with masks of views and code views, features
+            *(3 * 6, samples * (2 + VIEWS + 2), VIEWS * samples * FEATURES),
             *([2 * samples] * 4),  # codes: a maximum, and a sum in each iteration
             *(VIEWS * samples, 3 * VIEWS * samples),  # the loss: a maximum and a sum
         ]
