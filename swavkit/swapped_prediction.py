@@ -77,7 +77,8 @@ def swapped_prediction_loss(
         temperature: The softmax temperature τ > 0, in the unit of the scores: a number, or a
             floating 0-dim tensor, which is never read on the host.
         sample_weight: (B,) weights in the mean over samples, bool or floating, at least 0. A sample
-            of weight 0 is ignored, even if its scores or codes are not finite.
+            of weight 0 is ignored, even if its scores or codes are not finite. They get no
+            gradient.
 
     Returns:
         The loss, a scalar in float32, or in float64 for float64 scores. It is exactly 0, and
