@@ -2,7 +2,8 @@
 
 ``torch.utils.checkpoint`` discards the saved tensors of a forward and recomputes them in the
 backward pass. A recomputation would start from the state after the first run and give different
-values. A stateful module therefore keeps its saved tensors, so recomputed values are never used.
+values. A stateful module therefore keeps its saved tensors, so its gradient needs no recomputed
+value. What follows it in the checkpoint may need the recomputed loss, which is NaN with a queue.
 """
 
 from __future__ import annotations

@@ -23,9 +23,11 @@ class OwnState(nn.Module):
 
     Attributes:
         _own: The names of the state tensors.
+        _keeps_dtypes: Whether floating-point state keeps its dtype too, like counts and masks.
     """
 
     _own: ClassVar[tuple[str, ...]] = ()
+    _keeps_dtypes: ClassVar[bool] = False
 
     @torch.no_grad()
     def _empty_own(self) -> None:
@@ -53,8 +55,9 @@ class OwnState(nn.Module):
         for name in self._own:
             value = getattr(self, name)
             changed = fn(value)
-            if changed.dtype != value.dtype and not value.is_floating_point():
-                changed = value.to(changed.device)  # Module.type() converts counts and masks too
+            kept = self._keeps_dtypes or not value.is_floating_point()
+            if kept and changed.dtype != value.dtype:  # Module.type() converts counts and masks too
+                changed = value.to(changed.device)
             setattr(self, name, changed)
         return self
 

@@ -329,7 +329,8 @@ def _require_fitting(copy: _Copy, theirs: str) -> None:
             f"{ours} has dtype {target.dtype}, which cannot hold {theirs} of the checkpoint, of "
             f"dtype {value.dtype}"
         )
-    if value.is_floating_point() and (value.isfinite() & value.to(target.dtype).isinf()).any():
+    converted = value.is_floating_point() and value.dtype != target.dtype
+    if converted and (value.isfinite() & value.to(target.dtype).isinf()).any():
         raise ValueError(
             f"{ours} has dtype {target.dtype}, which cannot hold {theirs} of the checkpoint, with "
             f"values up to {value.abs().nan_to_num(posinf=0).max().item():g}"

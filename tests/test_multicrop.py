@@ -891,7 +891,8 @@ def test_bad_images(groups, image, error, message):
 
 def test_a_generator_must_be_one():
     for transform in (MultiCropTransform(PLAIN), PhotometricDistortion()):
-        with pytest.raises(TypeError, match=r"generator must be a torch.Generator or None, got i"):
+        message = r"generator must be a torch.Generator or None, got int"
+        with pytest.raises(TypeError, match=message):
             transform(torch.rand(3, 8, 8), generator=3)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -96,6 +96,7 @@ class ClusterMonitor(OwnState):
     """
 
     _own: ClassVar[tuple[str, ...]] = ("assigned", "code_usage", "scalars", "updates")
+    _keeps_dtypes: ClassVar[bool] = True  # half precision has no room for the sums
 
     assigned: Tensor
     code_usage: Tensor
@@ -347,16 +348,6 @@ class ClusterMonitor(OwnState):
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes to copy or pickle, without features and prototypes."""
         return {**self.__dict__, "_features": None, "_prototypes": None}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClusterMonitor:
-        """Move the state and keep its dtype: half precision has no room for the counts."""
-        kept = {name: getattr(self, name) for name in self._own}
-        super()._apply(fn, recurse)
-        for name, value in kept.items():
-            changed = getattr(self, name)
-            if changed.dtype != value.dtype:
-                setattr(self, name, value.to(changed.device))
-        return self
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import reduce
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -78,7 +77,7 @@ def batch_layout(
     features: Tensor,
     sample_weight: Tensor | None,
     group: ProcessGroup,
-    alike: Mapping[str, int] = MappingProxyType({}),
+    alike: Mapping[str, int],
 ) -> BatchLayout:
     """Return the layout of the group's batch, given the features (..., b, D) of this rank.
 

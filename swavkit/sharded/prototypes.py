@@ -133,7 +133,7 @@ class ShardedPrototypeLayer(PrototypeLayer):
         """
         unit, directions = self._factors(features, None)
         rows = unit.flatten(0, -2) if unit.dim() > 1 else unit[None]
-        layout = batch_layout(rows, None, self._participants())
+        layout = batch_layout(rows, None, self._participants(), alike={})
         scores = F.linear(gathered(rows, layout), directions)
         nearest, _ = nearest_over_ranks(scores, self._held.start, layout.group)
         return own_part(nearest, layout).view(features.shape[:-1])
@@ -268,15 +268,11 @@ def sharded_head_losses(
         of_codes = seen = None
         if batch.details:
             masks = torch.stack(nan_rows).bool().unsqueeze(-1)  # (V + A, N, 1)
-            of_codes = SwAVDetails(
-                *(
-                    sharded(values.detach(), 2, head.num_prototypes, group)
-                    for values in (
-                        codes.masked_fill(masks[len(scores) :], 0),
-                        scores.masked_fill(masks[: len(scores)], torch.nan),
-                    )
-                )
+            both = (
+                codes.masked_fill(masks[len(scores) :], 0),
+                scores.detach().masked_fill(masks[: len(scores)], torch.nan),
             )
+            of_codes = SwAVDetails(*(sharded(each, 2, head.num_prototypes, group) for each in both))
         if batch.statistics:
             seen = sharded_statistics(
                 scores.detach(),
